@@ -1,0 +1,39 @@
+# Everything runs from .venv, which each target makes when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := data/synthetic
+
+.PHONY: help setup train learning-table test lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup:  ## make .venv and install the package with all extras and the developers' tools
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e '.[all,dev]' -c constraints.txt
+	@touch .venv/ready
+
+.venv/ready: setup.py constraints.txt
+	@$(MAKE) --no-print-directory setup
+
+train: .venv/ready  ## learn on synthetic videos and show the result (about 5 minutes on two CPU cores)
+	$(BIN)/smtc data synthesize $(DATA)/train
+	$(BIN)/smtc data synthesize $(DATA)/val --videos 30 --seed 1000
+	$(BIN)/smtc train --preset tiny_encoder --output runs/tiny_encoder
+	$(BIN)/smtc train --preset tiny --init runs/tiny_encoder --output runs/tiny
+	$(BIN)/python -m smtc.benchmarks.learning report runs/tiny --held-out $(DATA)/val
+
+learning-table: .venv/ready  ## the same over three seeds: the README's table
+	$(BIN)/python -m smtc.benchmarks.learning table --seeds 0 1 2 --output runs/learning
+
+test: lint  ## lint, types and the whole test suite
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: .venv/ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tests/check_types.py
+
+clean:  ## remove what the targets made, except data/ and runs/
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

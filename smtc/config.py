@@ -1,0 +1,409 @@
+"""Every setting of the system: frozen, keyword-only dataclasses that check themselves when they are
+made.
+
+The command line's flags, the TOML file of `--config` and a run's `config.json` all follow from
+these classes. Letters in the comments as in the paper: T frames a clip, N semantic slots, P
+instance slots a semantic, D width.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from smtc.errors import UserError
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The encoder: frames to features `[B,T,L,D]`."""
+
+    architecture: Literal["vit_small", "vit_tiny", "resnet50"] = "vit_small"
+    """vit_small: DINO ViT-S; vit_tiny: width 64, depth 3, for CPUs; resnet50: MoCo, stride 16,
+    projected to D.
+    """
+    patch: int = 16
+    """Pixels on a token's side (8 or 16 for DINO's weights; 16 for resnet50)."""
+    weights: str | None = None
+    """A DINO, MoCo or converted encoder file to start from."""
+    feature: Literal["keys", "tokens"] = "keys"
+    """keys: the last block's keys, no final norm; tokens: the last block's output, no final norm.
+    """
+    position_embedding: Literal["learned", "none"] = "learned"
+    position_resize: Literal["scale_factor", "size"] = "scale_factor"
+    """How a learned position embedding meets another grid; scale_factor is the authors' code, bit
+    for bit.
+    """
+    drop_path: float = 0.1
+    """Stochastic depth of the last block in training; rises linearly from 0 over the blocks."""
+    neck: int = 0
+    """Hidden width of a two-layer head after the encoder (tiny presets); 0: none."""
+
+    def __post_init__(self) -> None:
+        _require(self.patch >= 1, f"model.backbone.patch is {self.patch}; it must be at least 1.")
+        _require(
+            self.neck >= 0,
+            f"model.backbone.neck is {self.neck}; use 0 for no neck or a positive width.",
+        )
+        _require(
+            0 <= self.drop_path < 1,
+            f"model.backbone.drop-path is {self.drop_path}; it must lie in [0, 1).",
+        )
+        if self.architecture == "resnet50":
+            _require(
+                self.patch == 16,
+                "The resnet50 backbone has stride 16; set model.backbone.patch to 16.",
+            )
+            _require(
+                self.feature == "tokens",
+                'The resnet50 backbone has no keys; set model.backbone.feature to "tokens".',
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network of spec section 1: correlation fusion and semantic-aware masked slot attention."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    resolution: tuple[int, int] = (256, 256)
+    """Height and width of training frames; fixes the reference grid of the correlation projection.
+    """
+    slots: int = 16
+    """N, semantic slots."""
+    instances: int = 4
+    """P, instance slots a semantic slot (at most 8)."""
+    iterations: int = 3
+    reference: Literal["previous", "random"] = "random"
+    """Which frame a frame is correlated with in training; evaluation always uses the previous one.
+    """
+    fusion_head: Literal["identity", "linear"] = "identity"
+    correlation_scale: float = 1.0
+    """Multiplies the raw correlation (ours; 1 elsewhere)."""
+    correlation_gain: float = 1.0
+    """Multiplies the initial weights of the correlation's projection (ours; 1 elsewhere)."""
+    update: Literal["gru", "residual"] = "residual"
+    gradient: Literal["full", "straight_through"] = "straight_through"
+    semantic_mask: Literal["softmax>0.5", "logits>0.3"] = "softmax>0.5"
+    """What of a frame the instance slots of a semantic see."""
+    sampling: Literal["reparameterised", "detached"] = "reparameterised"
+    embedding: Literal["raw", "mlp"] = "mlp"
+    """The instance loss compares raw slots, or the unit-norm output of an MLP."""
+    impl: Literal["auto", "eager", "triton"] = "auto"
+    """Which implementation of the operations runs; auto goes by device and says so once."""
+
+    def __post_init__(self) -> None:
+        _require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")
+        _require(
+            1 <= self.instances <= 8,
+            f"model.instances is {self.instances}; the exact assignment handles 1 to 8 instance slots.",
+        )
+        _require(
+            self.iterations >= 1, f"model.iterations is {self.iterations}; at least 1 is needed."
+        )
+        for side in self.resolution:
+            _require(
+                side >= self.backbone.patch and side % self.backbone.patch == 0,
+                f"model.resolution {self.resolution[0]}x{self.resolution[1]} is no multiple of the patch "
+                f"({self.backbone.patch}); the nearest below is {side - side % self.backbone.patch}.",
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens at the training resolution."""
+        return self.resolution[0] // self.backbone.patch, self.resolution[1] // self.backbone.patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The three losses of spec section 2 and their weights."""
+
+    epsilon: float = 0.05
+    """Sinkhorn's entropic regularisation."""
+    iterations: int = 3
+    """Sinkhorn iterations."""
+    marginals: Literal["uniform", "l1"] = "uniform"
+    cost: Literal["cosine", "dot"] = "cosine"
+    reduction: Literal["mean", "sum"] = "mean"
+    form: Literal["cosine", "l2_margin"] = "cosine"
+    """Of the instance loss."""
+    margin: float = 0.5
+    normaliser: Literal["batch", "clip"] = "clip"
+    mask_threshold: float = 0.3
+    """tau: a position belongs to a semantic whose softmax exceeds it."""
+    area: float = 0.2
+    """tau_1: the least share of the frame that a valid semantic covers."""
+    similarity: float = 0.5
+    """tau_2: the least cosine between a valid instance slot and its semantic slot."""
+    alignment_weight: float = 1.0
+    regularisation_weight: float = 1.0
+    instance_weight: float = 1.0
+    instance_from_step: int = 0
+    """The instance loss counts from this step on (ours; 0 elsewhere)."""
+    teacher_sharpening: float = 1.0
+    """Teacher masks are raised to this power and renormalised (ours; 1 elsewhere)."""
+
+    def __post_init__(self) -> None:
+        _require(self.epsilon > 0, f"objective.epsilon is {self.epsilon}; it must be positive.")
+        _require(
+            self.iterations >= 1,
+            f"objective.iterations is {self.iterations}; at least 1 is needed.",
+        )
+        _require(self.teacher_sharpening > 0, "objective.teacher-sharpening must be positive.")
+        _require(self.instance_from_step >= 0, "objective.instance-from-step must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """The label-free warm start of a small encoder: VICReg between the same place in two frames of
+    a clip.
+    """
+
+    invariance: float = 25.0
+    variance: float = 25.0
+    covariance: float = 1.0
+    centring: float = 5.0
+    """Weight of the squared clip mean, which the other terms do not see."""
+    shift: int = 1
+    """The positive lies up to this many tokens away in each direction."""
+    grayscale: float = 0.8
+    """Chance that a whole batch is grey."""
+
+    def __post_init__(self) -> None:
+        _require(self.shift >= 0, f"warm-start.shift is {self.shift}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What happens to a clip's frames; a chance of 0 switches a part off. Order: crop, flip, grey,
+    jitter, blur.
+    """
+
+    crop: tuple[float, float] | None = None
+    """Least and greatest share of the frame's area that a random crop keeps."""
+    flip: float = 0.0
+    grayscale: float = 0.0
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of brightness, contrast and saturation; of hue in turns."""
+    jitter_chance: float = 0.0
+    blur: float = 0.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """In pixels."""
+    blur_kernel: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "grayscale", "jitter_chance", "blur"):
+            value = getattr(self, name)
+            _require(
+                0 <= value <= 1,
+                f"data.augment.{name.replace('_', '-')} is {value}; a chance lies in [0, 1].",
+            )
+        if self.crop is not None:
+            low, high = self.crop
+            _require(
+                0 < low <= high <= 1,
+                f"data.augment.crop is {low} {high}; use 0 < least <= greatest <= 1.",
+            )
+        _require(
+            self.blur_kernel % 2 == 1,
+            f"data.augment.blur-kernel is {self.blur_kernel}; it must be odd.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where clips come from and what is done to them."""
+
+    root: str | None = None
+    """A folder of videos, each a folder of JPEG or PNG frames; DAVIS and YouTube-VOS layouts are
+    found.
+    """
+    frames: int = 4
+    """T, frames a clip."""
+    gap: int = 4
+    """Frames from one of a clip's frames to the next; shrinks for videos too short for it."""
+    random_gap: bool = False
+    """Draw the gap from 1 to `gap` for each clip."""
+    resize: Literal["squash", "crop"] = "squash"
+    """squash: the aspect ratio is not kept (released code); crop: the largest centred crop of the
+    right shape.
+    """
+    spatial: Literal["shared", "independent"] = "shared"
+    """independent: the two views get their own crop and flip, and the teacher's targets are warped
+    back (ours).
+    """
+    loader: Literal["auto", "torch"] = "auto"
+    workers: int = 2
+    """Processes that decode and augment; 0: the trainer's own process."""
+    max_bad_share: float = 0.2
+    """Stop when more than this share of the clips drawn was replaced because of unreadable files.
+    """
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.frames >= 2, f"data.frames is {self.frames}; a clip needs at least 2 frames.")
+        _require(self.gap >= 1, f"data.gap is {self.gap}; it must be at least 1.")
+        _require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative.")
+        _require(
+            0 <= self.max_bad_share <= 1,
+            f"data.max-bad-share is {self.max_bad_share}; a share lies in [0, 1].",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule over exactly `train.steps` steps."""
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_embeddings: bool = False
+    """Also decay the slots' mean and log sigma, the position embedding and the CLS token (released
+    code).
+    """
+    schedule: Literal["cosine", "warmup_cosine"] = "warmup_cosine"
+    warmup_steps: int = 500
+    final_lr: float = 0.1
+    """Share of `lr` that the cosine ends at."""
+    clip_norm: float | None = None
+    """Greatest gradient norm; none: no clipping."""
+    encoder_lr: float = 0.01
+    """The encoder's learning rate as a share of `lr`."""
+    encoder_from_step: int = 3000
+    """The encoder is frozen before this step; -1: for good."""
+    frozen_backward: bool = False
+    """Run the frozen encoder's backward and warm its moments, as the released script does."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        _require(
+            self.warmup_steps >= 0,
+            f"optim.warmup-steps is {self.warmup_steps}; it must not be negative.",
+        )
+        _require(
+            self.encoder_from_step >= -1,
+            f"optim.encoder-from-step is {self.encoder_from_step}; use -1 for never.",
+        )
+        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The momentum teacher."""
+
+    momentum: float = 0.999
+    scope: Literal["all", "head"] = "all"
+    """head: the teacher's encoder stays as it was initialised (released code)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            0 <= self.momentum <= 1, f"teacher.momentum is {self.momentum}; it lies in [0, 1]."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 10_000
+    batch: int = 32
+    """Clips a step and process."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: int | None = None
+    """Torch's CPU threads in this process; none: torch's choice."""
+    log_every: int = 10
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
+        _require(self.batch >= 1, f"train.batch is {self.batch}; at least 1 clip is needed.")
+        _require(
+            self.log_every >= 1, f"train.log-every is {self.log_every}; it must be at least 1."
+        )
+        _require(
+            self.checkpoint_every >= 1,
+            f"train.checkpoint-every is {self.checkpoint_every}; it must be at least 1.",
+        )
+        _require(
+            self.threads is None or self.threads >= 1,
+            f"train.threads is {self.threads}; use 1 or more.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    method: Literal["smtc", "warm_start"] = "smtc"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init: str | None = None
+    """Weights to start from: a run folder, a model folder or a .safetensors file of ours."""
+    output: str | None = None
+    """The run folder."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
+    """The config of class `kind` that `to_dict` wrote; an unknown key or a wrong type is a
+    `UserError`.
+    """
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{where or kind.__name__} should be a table of settings, not {type(values).__name__}."
+        )
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(
+            f"Unknown setting {where}{unknown[0]!r}; known there: {', '.join(sorted(hints))}."
+        )
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            made[name] = from_dict(typing.cast(type, hints[name]), value, f"{where}{name}.")
+        else:
+            made[name] = _typed(hints[name], value, f"{where}{name}")
+    return kind(**made)
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """`value` as JSON or TOML gave it, checked against one of the annotations used above."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _typed(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is Literal:
+        _require(
+            value in arguments,
+            f"{name} is {value!r}; choose from {', '.join(map(repr, arguments))}.",
+        )
+        return value
+    if origin is tuple:
+        _require(
+            isinstance(value, list | tuple) and len(value) == len(arguments),
+            f"{name} needs {len(arguments)} values.",
+        )
+        return tuple(_typed(a, v, name) for a, v in zip(arguments, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(type(value) is hint, f"{name} is {value!r}; it should be of type {hint.__name__}.")
+    return value

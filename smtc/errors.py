@@ -1,0 +1,8 @@
+"""The one exception that is meant for a person's eyes."""
+
+
+class UserError(ValueError):
+    """A mistake its maker can mend: one sentence that names the thing and the remedy.
+
+    The command line prints the sentence and exits with 2; a traceback means a fault of ours.
+    """
