@@ -1,0 +1,143 @@
+"""Frames are read whole or refused; masks keep their ids."""
+
+import pickle
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from smtc.errors import UserError
+from smtc.pipelines.images import BadFrame, mask_palette, read_ids, read_image, write_ids
+
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [90, 160, 30]]], np.uint8)
+
+
+def jpeg(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(picture).save(path, quality=90)
+    return path.read_bytes()
+
+
+def test_a_png_is_read_as_rgb(tmp_path: Path) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png")
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, COLOURS)
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "alpha", "deep", "deep grey"])
+def test_every_kind_of_png_becomes_rgb_of_8_bits(tmp_path: Path, kind: str) -> None:
+    path, grey = tmp_path / "a.png", COLOURS[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2) if "grey" in kind else COLOURS
+    if kind == "grey":
+        Image.fromarray(grey).save(path)
+    elif kind == "palette":
+        Image.fromarray(COLOURS).quantize(4).save(path)
+        expected = np.array(Image.open(path).convert("RGB"))
+    elif kind == "alpha":
+        Image.fromarray(np.dstack([COLOURS, np.full((2, 2), 128, np.uint8)])).save(path)
+    elif kind == "deep":
+        cv2.imwrite(str(path), COLOURS[..., ::-1].astype(np.uint16) * 257)
+    else:
+        cv2.imwrite(str(path), grey.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_a_jpeg_is_close_to_what_another_decoder_reads(tmp_path: Path) -> None:
+    jpeg(tmp_path / "v" / "a.jpg")
+    expected = np.array(Image.open(tmp_path / "v" / "a.jpg")).astype(int)
+    assert np.abs(read_image(tmp_path / "v" / "a.jpg") - expected).max() <= 4
+
+
+def test_padding_after_the_end_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "v" / "a.jpg"
+    path.write_bytes(jpeg(path) + b"\x00" * 5000 + b"\n")
+    assert read_image(path).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.999])
+def test_a_jpeg_cut_short_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "clip" / "00003.jpg"
+    whole = jpeg(path)
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(BadFrame, match=r"^clip/00003\.jpg: the file is cut short$"):
+        read_image(path)
+
+
+def test_zeros_in_place_of_the_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "clip" / "00003.jpg"
+    whole = jpeg(path)
+    path.write_bytes(whole[:-600] + bytes(600))
+    with pytest.raises(BadFrame, match="cut short"):
+        read_image(path)
+
+
+def test_other_bad_files_name_file_and_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("no picture")
+    (folder / "hollow.jpg").write_bytes(b"\xff\xd8 nothing \xff\xd9")
+    (folder / "directory.png").mkdir()
+    Image.fromarray(COLOURS).save(folder / "cut.png")
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-6])
+    reasons = {
+        "gone.jpg": "the file is missing",
+        "empty.jpg": "the file is empty",
+        "text.jpg": "it is neither a JPEG nor a PNG file",
+        "hollow.jpg": "it cannot be decoded",
+        "directory.png": "it cannot be read (Is a directory)",
+        "cut.png": "the file is cut short",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(BadFrame) as caught:
+            read_image(folder / name)
+        assert str(caught.value) == f"clip/{name}: {reason}"
+        assert isinstance(caught.value, UserError)
+
+
+def test_a_decoder_that_raises_is_a_bad_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg(tmp_path / "v" / "a.jpg")
+
+    def refuse(*_: object) -> None:
+        raise cv2.error("too many pixels")
+
+    monkeypatch.setattr(cv2, "imdecode", refuse)
+    with pytest.raises(BadFrame, match="cannot be decoded"):
+        read_image(tmp_path / "v" / "a.jpg")
+
+
+def test_a_bad_frame_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(BadFrame("/data/v/1.jpg", "the file is empty")))
+    assert (str(error), error.path) == ("v/1.jpg: the file is empty", "/data/v/1.jpg")
+
+
+def test_ids_survive_and_show_the_davis_colours(tmp_path: Path) -> None:
+    ids = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    write_ids(tmp_path / "a.png", ids)
+    np.testing.assert_array_equal(read_ids(tmp_path / "a.png"), ids)
+    shown = np.array(Image.open(tmp_path / "a.png").convert("RGB")).reshape(256, 3)
+    np.testing.assert_array_equal(shown, np.frombuffer(mask_palette(), np.uint8).reshape(256, 3))
+    known = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    assert [tuple(colour) for colour in shown[:5].tolist()] == known
+    assert tuple(shown[9].tolist()) == (192, 0, 0)
+    assert tuple(shown[255].tolist()) == (224, 224, 192)
+
+
+def test_masks_without_ids_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(COLOURS).save(tmp_path / "a.png")
+    with pytest.raises(BadFrame, match="mode RGB"):
+        read_ids(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n IEND\xae\x42\x60\x82")
+    with pytest.raises(BadFrame, match="cannot be decoded"):
+        read_ids(tmp_path / "b.png")
+
+
+def test_a_mask_of_one_bit_is_read_as_0_and_255(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
+    assert read_ids(tmp_path / "a.png").tolist() == [[255, 0]]
