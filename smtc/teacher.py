@@ -1,0 +1,46 @@
+"""The momentum teacher: a copy of the student that follows it as a moving average and never learns
+by gradient.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smtc.config import TeacherConfig
+
+
+class Teacher(nn.Module):
+    """`θ̂ ← m θ̂ + (1 − m) θ` over all parameters, or all but the encoder's (`scope="head"`)."""
+
+    def __init__(self, student: nn.Module, config: TeacherConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """The teacher stays in evaluation mode: no stochastic depth."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns, without a graph."""
+        return self.model(*args, **kwargs)
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        """One step of the moving average; buffers (batch statistics) are copied."""
+        mine, theirs = self._followed(self.model), self._followed(student)
+        torch._foreach_lerp_(mine, theirs, 1 - self.config.momentum)
+        for own, other in zip(self.model.buffers(), student.buffers(), strict=True):
+            own.copy_(other)
+
+    def _followed(self, model: nn.Module) -> list[Tensor]:
+        return [
+            parameter
+            for name, parameter in model.named_parameters()
+            if self.config.scope == "all" or not name.startswith("encoder.")
+        ]
