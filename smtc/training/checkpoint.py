@@ -1,0 +1,127 @@
+"""Simple checkpoints: one file a save, written beside its name and renamed, the last two kept."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smtc.config import Config, to_dict
+from smtc.errors import UserError
+
+KEPT = 2
+
+# Settings that change how a run computes, not what it computes: a run may continue with others.
+_FREE_TO_CHANGE = {
+    "output",
+    "train.device",
+    "train.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+    "data.workers",
+    "data.loader",
+    "data.max_bad_share",
+    "model.impl",
+}
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write `state` as `checkpoints/step_<step>.pt` under the run folder and drop the oldest."""
+    target = folder / "checkpoints" / f"step_{step:08d}.pt"
+    partial = target.with_suffix(".partial")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with partial.open("wb") as file:
+            torch.save({"step": step, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"The checkpoint {target} could not be written ({error.strerror}); free some space and run "
+            "the same command again: it continues from the last one."
+        ) from error
+    for old in _checkpoints(folder)[:-KEPT]:
+        old.unlink()
+    return target
+
+
+def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that can be read, or None."""
+    from smtc.weights import read_checkpoint
+
+    files = _checkpoints(folder)
+    return read_checkpoint(files[-1]) if files else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("step_*.pt"))
+
+
+def open_run_folder(config: Config) -> Path:
+    """Make or reopen the run folder; `config.json` in it must agree with `config`.
+
+    Errors: `UserError` where the folder cannot be written, holds something else, or belongs to
+    other settings.
+    """
+    if config.output is None:
+        raise UserError("Where should the run go? Give --output FOLDER.")
+    folder = Path(config.output)
+    written = folder / "config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        strangers = [] if written.exists() else sorted(p.name for p in folder.iterdir())
+        if strangers:
+            raise UserError(
+                f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
+            )
+        if written.exists():
+            _refuse_other_settings(written, config)
+        write_json(written, to_dict(config))
+    except OSError as error:
+        raise UserError(
+            f"The run folder {folder} cannot be written ({error.strerror}); choose another --output."
+        ) from error
+    return folder
+
+
+def _refuse_other_settings(written: Path, config: Config) -> None:
+    try:
+        before = flatten(json.loads(written.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(
+            f"{written} is damaged ({error}); remove its folder and start anew."
+        ) from error
+    now = flatten(json.loads(json.dumps(to_dict(config))))
+    differing = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
+    )
+    if differing:
+        shown = ", ".join(f"{k} ({before.get(k)} → {now.get(k)})" for k in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"{written.parent} holds a run with other settings: {shown}{more}; "
+            "choose another --output or remove it."
+        )
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON beside `path` and rename it there."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,90 @@
+"""What a run tells while it goes: a progress bar, a JSON line a logged step, TensorBoard scalars."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from smtc.progress import bar
+
+
+class Telemetry:
+    """Collects the scalars of steps on the device and reads them only when a step is logged."""
+
+    def __init__(self, folder: Path, *, steps: int, start: int, title: str) -> None:
+        self._lines = _reopen(folder / "metrics.jsonl", start)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._bar = bar(total=steps, title=title, unit="step", initial=start)
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._clips = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+
+    def add(self, scalars: dict[str, Tensor], *, clips: int, waited: float) -> None:
+        """Count one step: its scalars (left on the device), its clips, the seconds it waited for
+        data.
+        """
+        for name, value in scalars.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._clips += clips
+        self._waited += waited
+        self._bar.update()
+
+    def log(self, step: int, extra: dict[str, float]) -> dict[str, float]:
+        """Write the means since the last log under `step`; returns them. This is where the host
+        waits.
+        """
+        means = torch.stack(list(self._sums.values())) / self._steps
+        values = dict(zip(self._sums, means.tolist(), strict=True))
+        elapsed = time.perf_counter() - self._since
+        values |= extra
+        values |= {
+            "clips_per_s": self._clips / elapsed,
+            "data_wait_share": self._waited / elapsed,
+        }
+        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix(
+            loss=f"{values['loss']:.3f}", clips_per_s=f"{values['clips_per_s']:.1f}", refresh=False
+        )
+        self._sums, self._steps, self._clips, self._waited = {}, 0, 0, 0.0
+        self._since = time.perf_counter()
+        return values
+
+    def close(self) -> None:
+        """Finish the bar and the files."""
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+
+
+def _reopen(path: Path, start: int) -> TextIO:
+    """The metrics file, without what an interrupted run wrote after the step that is now resumed."""
+    kept = [line for line in read_metrics(path) if line["step"] <= start]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+    return path.open("a", encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines

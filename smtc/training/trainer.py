@@ -1,0 +1,201 @@
+"""The training loop, for any method: read top to bottom.
+
+A step knows a global sample index for every clip, and everything random is keyed by it, so a run
+that stops and starts again goes on as if it had not stopped.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smtc.config import Config
+from smtc.errors import UserError
+from smtc.method import Method, SMTCMethod
+from smtc.pipelines.batch import Batch
+from smtc.pipelines.torch_loader import TorchLoader
+from smtc.training.checkpoint import latest_checkpoint, open_run_folder, save_checkpoint
+from smtc.training.optim import (
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+)
+from smtc.training.telemetry import Telemetry, read_metrics
+from smtc.warm_start import WarmStart
+
+logger = logging.getLogger("smtc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run: its folder, its method and the logged steps."""
+
+    folder: Path
+    method: Method
+    metrics: list[dict[str, Any]]
+
+    @property
+    def model_folder(self) -> Path:
+        """What `smtc.load_model` and `--init` read."""
+        return self.folder / "model"
+
+
+def train(config: Config, method: Method | None = None) -> Run:
+    """Train for exactly `config.train.steps` steps, or go on where the run in `config.output`
+    stopped.
+
+    `method` replaces the one that `config.method` names. Errors: `UserError` for a mistake in the
+    settings, the data or the folder.
+    """
+    device = pick_device(config.train.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if config.data.root is None:
+        raise UserError("Which videos should be trained on? Give --data FOLDER.")
+    torch.manual_seed(config.train.seed)
+    method = method or build_method(config)
+    folder = open_run_folder(config)
+    trainer = Trainer(config, method.to(device).train(), folder, device)
+    trainer.resume()
+    trainer.run()
+    return Run(folder=folder, method=method, metrics=read_metrics(folder / "metrics.jsonl"))
+
+
+def build_method(config: Config) -> Method:
+    """The method that `config.method` names, with initial weights."""
+    return WarmStart(config) if config.method == "warm_start" else SMTCMethod(config)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device. Errors: `UserError` where CUDA is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("CUDA was asked for but this machine has none; use --train.device cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class Trainer:
+    """One process, one device."""
+
+    def __init__(self, config: Config, method: Method, folder: Path, device: torch.device) -> None:
+        self.config = config
+        self.method = method
+        self.folder = folder
+        self.device = device
+        self.step = 0
+        self.trained: tuple[str, ...] = ()
+        self._enter_phase()
+
+    def resume(self) -> None:
+        """Take over the newest checkpoint of the run folder, if there is one."""
+        state = latest_checkpoint(self.folder)
+        if state is None:
+            return
+        self.method.load_state_dict(state["method"])
+        # The moments belong to the phase of the last step that was done.
+        self.step = state["step"]
+        self._enter_phase()
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        logger.info("Continuing %s at step %d.", self.folder, self.step)
+
+    def run(self) -> None:
+        """All steps that are left, then the model."""
+        train = self.config.train
+        loader = TorchLoader(
+            self.config.data,
+            size=self.config.model.resolution,
+            batch=train.batch,
+            seed=train.seed,
+            start_step=self.step,
+            steps=train.steps,
+        )
+        telemetry = Telemetry(
+            self.folder, steps=train.steps, start=self.step, title=self.config.method
+        )
+        try:
+            asked = time.perf_counter()
+            for batch in loader:
+                waited = time.perf_counter() - asked
+                scalars = self._step(batch.to(self.device))
+                telemetry.add(scalars, clips=len(batch.index), waited=waited)
+                last = self.step == train.steps
+                if self.step % train.log_every == 0 or last:
+                    self._log(telemetry, loader)
+                if self.step % train.checkpoint_every == 0 or last:
+                    self._save()
+                asked = time.perf_counter()
+        finally:
+            telemetry.close()
+            loader.close()
+        self.method.save_model(self.folder / "model")
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update; nothing here waits for the device."""
+        config = self.config
+        # Stochastic depth draws from torch's generator: the same at this step in every run.
+        torch.manual_seed(config.train.seed * 1_000_003 + self.step)
+        self._enter_phase()
+        set_learning_rate(self.optimizer, self.step, config.train.steps, config.optim)
+        with self._precision():
+            scalars = self.method.training_step(batch, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        scalars["loss"].backward()
+        if config.optim.clip_norm is not None:
+            parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
+            scalars["gradient_norm"] = torch.nn.utils.clip_grad_norm_(
+                parameters, config.optim.clip_norm
+            )
+        self.optimizer.step()
+        self.method.after_step(self.step)
+        self.step += 1
+        return scalars
+
+    def _enter_phase(self) -> None:
+        """Where the set of trained parameters changes, mark them and rebuild the optimiser's
+        groups.
+        """
+        trainable = self.method.trainable(self.step)
+        if tuple(trainable) == self.trained:
+            return
+        moments = optimizer_state(self.optimizer) if self.trained else {}
+        self.method.requires_grad_(False)
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        self.optimizer = build_optimizer(trainable, self.config.optim)
+        load_optimizer_state(self.optimizer, moments)
+        if self.trained:
+            logger.info("Step %d: %d tensors are trained from here.", self.step, len(trainable))
+        self.trained = tuple(trainable)
+
+    def _precision(self) -> torch.autocast:
+        # No cache: a weight cast in the slots' graph-free iterations would come back without a
+        # gradient.
+        return torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.config.train.precision == "bf16",
+            cache_enabled=False,
+        )
+
+    def _log(self, telemetry: Telemetry, loader: TorchLoader) -> None:
+        extra = {"lr": self.optimizer.param_groups[0]["lr"], "replaced_clips": loader.replaced}
+        values = telemetry.log(self.step, extra)
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"The loss is no finite number by step {self.step}; lower optim.lr or look at the data. "
+                f"The checkpoints before it are in {self.folder / 'checkpoints'}."
+            )
+
+    def _save(self) -> None:
+        state = {
+            "method": self.method.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
+        }
+        save_checkpoint(self.folder, self.step, state)
