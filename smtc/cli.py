@@ -219,9 +219,17 @@ def _evaluate_discovery(arguments: list[str]) -> None:
     from smtc.evaluation.discovery import evaluate_discovery
 
     results = evaluate_discovery(
-        _model_to_score(settings), settings.dataset, settings.data, settings.output
+        _model_to_score(settings),
+        settings.dataset,
+        settings.data,
+        settings.output,
+        checkpoint=settings.checkpoint,
+        seed=settings.seed if settings.checkpoint is None else None,
     )
-    print(results)
+    for name, value in results.items():
+        if isinstance(value, float):
+            print(f"{name:<24}{value:.3f}")
+    print(f"Results, manifest and a contact sheet are in {settings.output}.")
 
 
 def _model_to_score(settings: _Discovery) -> Any:

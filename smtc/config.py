@@ -68,7 +68,7 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network of spec section 1: correlation fusion and semantic-aware masked slot attention."""
+    """The network: correlation fusion and semantic-aware masked slot attention."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     resolution: tuple[int, int] = (256, 256)
@@ -101,7 +101,7 @@ class ModelConfig:
         _require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")
         _require(
             1 <= self.instances <= 8,
-            f"model.instances is {self.instances}; the exact assignment handles 1 to 8 instance slots.",
+            f"model.instances is {self.instances}; the exact assignment handles 1 to 8.",
         )
         _require(
             self.iterations >= 1, f"model.iterations is {self.iterations}; at least 1 is needed."
@@ -109,8 +109,8 @@ class ModelConfig:
         for side in self.resolution:
             _require(
                 side >= self.backbone.patch and side % self.backbone.patch == 0,
-                f"model.resolution {self.resolution[0]}x{self.resolution[1]} is no multiple of the patch "
-                f"({self.backbone.patch}); the nearest below is {side - side % self.backbone.patch}.",
+                f"model.resolution {self.resolution[0]}x{self.resolution[1]} is no multiple of the "
+                f"patch ({self.backbone.patch}); use {side - side % self.backbone.patch}, say.",
             )
 
     @property
@@ -324,6 +324,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
+        _require(self.seed >= 0, f"train.seed is {self.seed}; it must not be negative.")
         _require(self.batch >= 1, f"train.batch is {self.batch}; at least 1 clip is needed.")
         _require(
             self.log_every >= 1, f"train.log-every is {self.log_every}; it must be at least 1."

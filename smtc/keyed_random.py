@@ -24,7 +24,7 @@ def _mix(bits: Tensor) -> Tensor:
 
 
 def keyed_bits(seed: int, index: Tensor, stream: int, count: int) -> Tensor:
-    """Hashes `[B, count]` (int64 in [0, 2^32)) of `index [B]`, an int64 tensor of sample indices."""
+    """Hashes `[B, count]` (int64 in [0, 2^32)) of sample indices `[B]` (int64)."""
     key = _mix(index & _MASK) ^ _mix((index >> 32) + 0x632BE5AB)
     for word in (seed & _MASK, (seed >> 32) & _MASK, stream):
         key = _mix((key + word * 0x9E3779B9) & _MASK)

@@ -1,5 +1,6 @@
 """What the trainer knows of a method, and SMTC as one."""
 
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from smtc.model import SMTC, Output
 from smtc.objectives import alignment_targets, smtc_losses, warp_to_student
 from smtc.pipelines.batch import Batch
 from smtc.teacher import Teacher
+from smtc.weights import load_encoder_weights, load_init, save_model
+
+logger = logging.getLogger("smtc")
 
 # Streams of `keyed_random`, one for each thing that is drawn for a sample.
 STUDENT_NOISE_STREAM = 1
@@ -58,12 +62,11 @@ class SMTCMethod(Method):
         self.teacher = Teacher(self.student, config.teacher)
 
     def _initialise(self) -> None:
-        from smtc.weights import load_encoder_weights, load_init
-
         if self.config.model.backbone.weights is not None:
-            load_encoder_weights(self.student.encoder, self.config.model.backbone.weights)
+            report = load_encoder_weights(self.student.encoder, self.config.model.backbone.weights)
+            logger.info("%s", report)
         if self.config.init is not None:
-            load_init(self.student, self.config.init)
+            logger.info("%s", load_init(self.student, self.config.init))
 
     def trainable(self, step: int) -> dict[str, nn.Parameter]:
         """All but the encoder in its frozen phase and the tensors that the settings leave without
@@ -125,7 +128,7 @@ class SMTCMethod(Method):
         return keyed_normal(self.config.train.seed, batch.index, stream, shape)
 
     def _references(self, index: Tensor, frames: int) -> Tensor:
-        """The frame that each frame is correlated with, the same for student and teacher: `[B,T]`."""
+        """The frame that each is correlated with, the same for student and teacher: `[B,T]`."""
         if self.config.model.reference == "random":
             return keyed_other_frame(self.config.train.seed, index, REFERENCE_STREAM, frames)
         previous = (torch.arange(frames, device=index.device) - 1) % frames
@@ -137,6 +140,4 @@ class SMTCMethod(Method):
 
     def save_model(self, folder: Path) -> None:
         """The student's weights and settings."""
-        from smtc.weights import save_model
-
         save_model(self.student, folder)

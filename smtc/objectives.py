@@ -256,7 +256,7 @@ def warp_to_student(targets: Tensor, spatial: Tensor, grid: tuple[int, int]) -> 
 
 
 def _teacher_places(spatial: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where the student's token centres lie in the teacher's view, in [-1, 1]: `[B,h,w,2]` (x, y)."""
+    """The student's token centres in the teacher's view, in [-1, 1]: `[B,h,w,2]` (x, y)."""
     student, teacher = spatial.unbind(dim=1)
     axes = []
     for axis, count in ((0, grid[1]), (1, grid[0])):

@@ -15,6 +15,7 @@ from smtc.config import (
     OptimConfig,
     TeacherConfig,
     TrainConfig,
+    WarmStartConfig,
 )
 from smtc.errors import UserError
 
@@ -129,6 +130,7 @@ def tiny_encoder() -> Config:
     return Config(
         method="warm_start",
         model=_tiny_model(),
+        warm_start=WarmStartConfig(grayscale=0.2),
         data=DataConfig(
             root=SYNTHETIC_TRAINING_SET,
             frames=2,

@@ -1,7 +1,7 @@
 """How everything that can be slow reports progress: a terminal, a notebook and a log file alike."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from tqdm.auto import tqdm
@@ -28,7 +28,7 @@ def track(
     items: Iterable[Item], *, total: int | None = None, title: str, unit: str = "it"
 ) -> Iterator[Item]:
     """Yield `items` while a bar counts them."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(total=total, title=title, unit=unit) as shown:
         for item in items:

@@ -59,16 +59,15 @@ class SlotAttention(nn.Module):
         return semantic_slots, semantic_logits, instance_slots, instance_logits
 
     def semantic_mask(self, logits: Tensor) -> Tensor:
-        """Which positions the instances of each semantic see: bool `[B,N,L]` of logits `[B,N,L]`."""
+        """Which positions the instances of each semantic see: logits `[B,N,L]` to bool."""
         if self.config.semantic_mask == "softmax>0.5":
             return logits.detach().softmax(dim=1) > SOFTMAX_THRESHOLD
         return logits.detach() > LOGIT_THRESHOLD
 
     def _sample_instances(self, noise: Tensor) -> Tensor:
-        mean, log_sigma = self.slots_mu, self.slots_sigma
         if self.config.sampling == "detached":
-            mean, log_sigma = mean.detach(), log_sigma.detach()
-        return mean + log_sigma.exp() * noise
+            return self.slots_mu.detach() + self.slots_sigma.detach().exp() * noise
+        return self.slots_mu + self.slots_sigma.exp() * noise
 
     def _iterate(
         self, start: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, iterations: int

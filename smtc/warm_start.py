@@ -7,6 +7,7 @@ through other colours (VICReg: Bardes et al., 2022). Removing each clip's mean f
 what tells places *within* a clip apart; without it the encoder learns to recognise clips.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from smtc.errors import UserError
 from smtc.keyed_random import keyed_bits, keyed_uniform
 from smtc.method import Method
 from smtc.pipelines.batch import Batch
+from smtc.weights import save_encoder
 
 _SHIFT_STREAM = 4
 _GREY_STREAM = 5
@@ -72,14 +74,13 @@ class WarmStart(Method):
 
     def save_model(self, folder: Path) -> None:
         """The encoder with the norm folded into its neck, for `--init`."""
-        from smtc.weights import save_encoder
-
-        folded = build_encoder(self.config.model.backbone)
-        folded.load_state_dict(self.encoder.state_dict())
-        folded.neck.fold(self.norm.cpu())
+        folded = copy.deepcopy(self.encoder)
+        assert folded.neck is not None
+        folded.neck.fold(self.norm)
         save_encoder(folded, folder)
 
     def _embed(self, frames: Tensor) -> Tensor:
+        assert self.encoder.neck is not None
         return self.encoder.neck(self.encoder.features(frames), self.norm)
 
     def _grey(self, frames: Tensor, step: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Run mypy over the package as it is imported: the folders laid out under one name, in build/types.
 
-mypy cannot follow setup.py's mapping of top-level folders into `smtc`, so it is given a copy of the mapped tree.
+mypy cannot follow setup.py's mapping of top-level folders into `smtc`, so it is given a copy of
+the mapped tree.
 """
 
 import shutil

@@ -9,6 +9,7 @@ import torch
 
 from smtc.config import Config, to_dict
 from smtc.errors import UserError
+from smtc.weight_files import read_checkpoint
 
 KEPT = 2
 
@@ -40,8 +41,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"The checkpoint {target} could not be written ({error.strerror}); free some space and run "
-            "the same command again: it continues from the last one."
+            f"The checkpoint {target} could not be written ({error.strerror}); free some space "
+            "and run the same command again: it continues from the last one."
         ) from error
     for old in _checkpoints(folder)[:-KEPT]:
         old.unlink()
@@ -50,8 +51,6 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint of a run that can be read, or None."""
-    from smtc.weights import read_checkpoint
-
     files = _checkpoints(folder)
     return read_checkpoint(files[-1]) if files else None
 
@@ -60,31 +59,36 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("step_*.pt"))
 
 
-def open_run_folder(config: Config) -> Path:
-    """Make or reopen the run folder; `config.json` in it must agree with `config`.
+def check_run_folder(config: Config) -> Path:
+    """The run folder of `config`, looked at but not touched.
 
-    Errors: `UserError` where the folder cannot be written, holds something else, or belongs to
-    other settings.
+    Errors: `UserError` where it holds something else or a run with other settings.
     """
     if config.output is None:
         raise UserError("Where should the run go? Give --output FOLDER.")
     folder = Path(config.output)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another --output.")
     written = folder / "config.json"
+    if written.exists():
+        _refuse_other_settings(written, config)
+    elif strangers := sorted(p.name for p in folder.glob("*")):
+        raise UserError(
+            f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
+        )
+    return folder
+
+
+def claim_run_folder(folder: Path, config: Config) -> None:
+    """Make the run folder and write the settings into it; `UserError` where that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strangers = [] if written.exists() else sorted(p.name for p in folder.iterdir())
-        if strangers:
-            raise UserError(
-                f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
-            )
-        if written.exists():
-            _refuse_other_settings(written, config)
-        write_json(written, to_dict(config))
+        write_json(folder / "config.json", to_dict(config))
     except OSError as error:
         raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}); choose another --output."
+            f"The run folder {folder} cannot be written ({error.strerror}); "
+            "choose another --output."
         ) from error
-    return folder
 
 
 def _refuse_other_settings(written: Path, config: Config) -> None:

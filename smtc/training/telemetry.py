@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, a JSON line a logged step, TensorBoard scalars."""
+"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard scalars."""
 
 import json
 import os
@@ -69,7 +69,7 @@ class Telemetry:
 
 
 def _reopen(path: Path, start: int) -> TextIO:
-    """The metrics file, without what an interrupted run wrote after the step that is now resumed."""
+    """The metrics file, without what an interrupted run wrote after step `start`."""
     kept = [line for line in read_metrics(path) if line["step"] <= start]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -19,7 +19,12 @@ from smtc.errors import UserError
 from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.torch_loader import TorchLoader
-from smtc.training.checkpoint import latest_checkpoint, open_run_folder, save_checkpoint
+from smtc.training.checkpoint import (
+    check_run_folder,
+    claim_run_folder,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from smtc.training.optim import (
     build_optimizer,
     load_optimizer_state,
@@ -56,14 +61,15 @@ def train(config: Config, method: Method | None = None) -> Run:
     device = pick_device(config.train.device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    if config.data.root is None:
-        raise UserError("Which videos should be trained on? Give --data FOLDER.")
+    folder = check_run_folder(config)
     torch.manual_seed(config.train.seed)
     method = method or build_method(config)
-    folder = open_run_folder(config)
     trainer = Trainer(config, method.to(device).train(), folder, device)
     trainer.resume()
-    trainer.run()
+    loader = build_loader(config, start_step=trainer.step)
+    # Only now, when all that was given has proved good, is something written.
+    claim_run_folder(folder, config)
+    trainer.run(loader)
     return Run(folder=folder, method=method, metrics=read_metrics(folder / "metrics.jsonl"))
 
 
@@ -72,8 +78,22 @@ def build_method(config: Config) -> Method:
     return WarmStart(config) if config.method == "warm_start" else SMTCMethod(config)
 
 
+def build_loader(config: Config, *, start_step: int) -> TorchLoader:
+    """The batches of steps `start_step` to `train.steps`."""
+    if config.data.root is None:
+        raise UserError("Which videos should be trained on? Give --data FOLDER.")
+    return TorchLoader(
+        config.data,
+        size=config.model.resolution,
+        batch=config.train.batch,
+        seed=config.train.seed,
+        start_step=start_step,
+        steps=config.train.steps,
+    )
+
+
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device. Errors: `UserError` where CUDA is asked for and absent."""
+    """`auto`, `cpu` or `cuda` as a device. Errors: `UserError` where there is no CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("CUDA was asked for but this machine has none; use --train.device cpu.")
     if name == "auto":
@@ -91,6 +111,7 @@ class Trainer:
         self.device = device
         self.step = 0
         self.trained: tuple[str, ...] = ()
+        self.optimizer: torch.optim.Optimizer
         self._enter_phase()
 
     def resume(self) -> None:
@@ -105,17 +126,9 @@ class Trainer:
         load_optimizer_state(self.optimizer, state["optimizer"])
         logger.info("Continuing %s at step %d.", self.folder, self.step)
 
-    def run(self) -> None:
+    def run(self, loader: TorchLoader) -> None:
         """All steps that are left, then the model."""
         train = self.config.train
-        loader = TorchLoader(
-            self.config.data,
-            size=self.config.model.resolution,
-            batch=train.batch,
-            seed=train.seed,
-            start_step=self.step,
-            steps=train.steps,
-        )
         telemetry = Telemetry(
             self.folder, steps=train.steps, start=self.step, title=self.config.method
         )
@@ -189,8 +202,8 @@ class Trainer:
         values = telemetry.log(self.step, extra)
         if not math.isfinite(values["loss"]):
             raise UserError(
-                f"The loss is no finite number by step {self.step}; lower optim.lr or look at the data. "
-                f"The checkpoints before it are in {self.folder / 'checkpoints'}."
+                f"The loss is no finite number by step {self.step}; lower optim.lr or look at "
+                f"the data. The checkpoints before it are in {self.folder / 'checkpoints'}."
             )
 
     def _save(self) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from smtc.kernels import reference
 from torch import Tensor
 
 from smtc import kernels
+from smtc.kernels import reference
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative error in the L2 norm; of the largest value, the largest error may be 5 times it."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from cases import generator, normal
 from scipy.optimize import linear_sum_assignment
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 SIZES = range(1, 9)
 

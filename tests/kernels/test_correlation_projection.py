@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import CORRELATION, DTYPES, compare, normal
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 
 def inputs(case):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import clustered_clip, normal, uniform, unit
-from smtc.kernels import dispatch, eager
 
 from smtc import kernels
+from smtc.kernels import dispatch, eager
 
 MARGINAL = torch.full((2, 6), 1 / 6)
 VALID = uniform(2, 3, 2, 4) > 0.3

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import DTYPES, INSTANCES, compare, difference, normal, run, uniform, unit
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 FORMS = [("cosine", "batch"), ("cosine", "clip"), ("l2_margin", "batch")]
 

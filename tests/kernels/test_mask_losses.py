@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import CLIPS, DTYPES, clustered_clip, compare, difference, normal, run, uniform
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 
 def inputs(case):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import DTYPES, SLOTS, compare, normal, run, uniform
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 SETTINGS = {"scale": 0.3, "epsilon": 1e-8}
 

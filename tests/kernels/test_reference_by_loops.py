@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from cases import clustered_clip, difference, normal, uniform
+
 from smtc.kernels import reference
 
 CLIPS, FRAMES, POSITIONS, WIDTH, SEMANTICS, SLOTS = 2, 3, 5, 4, 3, 3

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import DTYPES, TRANSPORT_MATRICES, compare, difference, normal, uniform
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 
 def inputs(case, scale=1.0):

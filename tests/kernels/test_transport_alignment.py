@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from cases import CLIPS, DTYPES, clustered_clip, compare, difference
-from smtc.kernels import eager, reference
 
 from smtc import kernels
+from smtc.kernels import eager, reference
 
 CLUSTERED = (2, 4, 40, 16, 5)
 

@@ -1,0 +1,577 @@
+"""A mistake ends in one sentence that names it, exit code 2, and nothing half-written."""
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smtc.config import Config
+from smtc.training.telemetry import read_metrics
+from smtc.training.trainer import train
+
+TinyConfig = Callable[..., Config]
+Command = Callable[..., Any]
+
+
+def train_flags(data: object, output: object, *more: object) -> list[object]:
+    small = "--model.resolution 32 32 --train.steps 2 --train.batch 2 --data.workers 0"
+    start = ["train", "--preset", "tiny", "--data", data, "--output", output]
+    return [*start, *small.split(), "--train.device", "cpu", *more]
+
+
+def tree(folder: Path) -> list[str]:
+    """Everything under `folder`."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def frames_of(data: Path, video: str) -> Path:
+    return data / "JPEGImages" / "480p" / video
+
+
+@pytest.fixture
+def videos(synthetic_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data that may be damaged."""
+    return Path(shutil.copytree(synthetic_data, tmp_path / "videos"))
+
+
+@pytest.fixture
+def safe(refused: Command, tmp_path: Path) -> Command:
+    """As `refused`, and nothing under the test's folder may appear or vanish."""
+
+    def run(*arguments: object) -> str:
+        before = tree(tmp_path)
+        said = refused(*arguments)
+        assert tree(tmp_path) == before
+        return said
+
+    return run
+
+
+# Data.
+
+
+def test_no_such_data_folder(safe: Command, tmp_path: Path) -> None:
+    missing = tmp_path / "nowhere"
+    said = safe(*train_flags(missing, tmp_path / "run"))
+    assert f"smtc: The data folder {missing} does not exist;" in said
+
+
+def test_a_file_in_place_of_a_data_folder(safe: Command, tmp_path: Path) -> None:
+    file = tmp_path / "video.mp4"
+    file.write_bytes(b"")
+    assert f"{file} is no folder" in safe(*train_flags(file, tmp_path / "run"))
+
+
+def test_a_folder_without_videos(safe: Command, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    (empty / "JPEGImages" / "480p" / "bear").mkdir(parents=True)
+    assert f"smtc: No videos in {empty}" in safe(*train_flags(empty, tmp_path / "run"))
+
+
+def test_all_videos_shorter_than_a_clip(
+    safe: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", "--data.frames", 9))
+    assert "All 6 videos have fewer than 9 frames" in said
+    assert "data.frames" in said
+
+
+def test_after_a_wrong_folder_the_right_one_works(
+    cli: Command, refused: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    refused(*train_flags(tmp_path / "nowhere", tmp_path / "run"))
+    assert cli(*train_flags(synthetic_data, tmp_path / "run")).code == 0
+
+
+def test_no_data_and_no_output(safe: Command, synthetic_data: Path, tmp_path: Path) -> None:
+    assert "Give --data" in safe("train", "--output", tmp_path / "run", "--train.device", "cpu")
+    flags = ["train", "--preset", "tiny", "--data", synthetic_data, "--train.device", "cpu"]
+    assert "Give --output" in safe(*flags)
+
+
+def damage(data: Path) -> None:
+    """Every clip of one of the six videos holds a frame that is cut short or one that is empty."""
+    folder = frames_of(data, "00003")
+    whole = (folder / "00002.jpg").read_bytes()
+    (folder / "00002.jpg").write_bytes(whole[:-40])
+    (folder / "00003.jpg").write_bytes(b"")
+
+
+def test_unreadable_frames_are_named_once_replaced_and_counted(
+    cli: Command, videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(videos)
+    flags = ["--train.steps", 12, "--train.log-every", 4]
+    with caplog.at_level(logging.WARNING, logger="smtc"):
+        told = cli(*train_flags(videos, tmp_path / "run", *flags))
+    assert told.code == 0
+    named = Counter(record.message.partition(":")[0] for record in caplog.records)
+    assert named == {"00003/00002.jpg": 1, "00003/00003.jpg": 1}
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    # 24 clips are four epochs of six videos.
+    assert [line["replaced_clips"] for line in lines][-1] == 4
+
+
+def test_unreadable_frames_are_shown_on_the_terminal(videos: Path, tmp_path: Path) -> None:
+    damage(videos)
+    flags = train_flags(videos, tmp_path / "run", "--train.steps", 12, "--data.workers", 1)
+    command = [sys.executable, "-m", "smtc", *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("00003/00002.jpg: the file is cut short") == 1
+    assert done.stderr.count("00003/00003.jpg: the file is empty") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_too_many_unreadable_frames_stop_the_run(
+    refused: Command, videos: Path, tmp_path: Path
+) -> None:
+    damage(videos)
+    flags = ["--train.steps", 30, "--data.max-bad-share", 0.1]
+    said = refused(*train_flags(videos, tmp_path / "run", *flags))
+    assert "more than data.max-bad-share (10%) allows" in said
+    assert re.search(r"00003/0000[23]\.jpg", said)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_no_readable_frame_at_all(refused: Command, videos: Path, tmp_path: Path) -> None:
+    for frame in videos.rglob("*.jpg"):
+        frame.write_bytes(b"")
+    said = refused(*train_flags(videos, tmp_path / "run"))
+    assert "No readable clip" in said and ".jpg: the file is empty" in said
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [
+        ("--train.step", "--train.steps"),
+        ("--model.slot", "--model.slots"),
+        ("--outptu", "--output"),
+    ],
+)
+def test_an_unknown_flag_shows_the_nearest(
+    safe: Command, synthetic_data: Path, tmp_path: Path, flag: str, near: str
+) -> None:
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", flag, 3))
+    assert f"Unrecognized options: {flag}" in said
+    assert near in said.partition("Perhaps you meant")[2]
+
+
+def test_an_unknown_preset_shows_the_nearest(safe: Command) -> None:
+    assert "did you mean 'official_v2'?" in safe("train", "--preset", "oficial_v2")
+    assert "choose from paper, official_v2" in safe("train", "--preset", "xyzzy")
+
+
+def test_a_stray_word(safe: Command) -> None:
+    assert "videos" in safe("train", "videos")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--model.slots 0", "model.slots is 0"),
+        ("--model.instances 9", "model.instances is 9"),
+        ("--model.instances 0", "model.instances is 0"),
+        ("--model.iterations 0", "model.iterations is 0"),
+        ("--model.resolution 36 32", "model.resolution 36x32 is no multiple of the patch"),
+        ("--model.resolution 0 32", "model.resolution 0x32"),
+        ("--model.backbone.patch 0", "model.backbone.patch is 0"),
+        ("--model.backbone.architecture resnet50", "model.backbone.patch to 16"),
+        ("--train.steps -1", "train.steps is -1"),
+        ("--train.batch 0", "train.batch is 0"),
+        ("--train.seed -1", "seed"),
+        ("--train.log-every 0", "train.log-every is 0"),
+        ("--train.threads 0", "train.threads is 0"),
+        ("--data.frames 1", "data.frames is 1"),
+        ("--data.gap 0", "data.gap is 0"),
+        ("--data.workers -1", "data.workers is -1"),
+        ("--data.max-bad-share 1.5", "data.max-bad-share is 1.5"),
+        ("--data.augment.flip 2", "data.augment.flip is 2"),
+        ("--data.augment.blur-kernel -1", "data.augment.blur-kernel"),
+        ("--optim.lr 0", "optim.lr is 0"),
+        ("--optim.lr nan", "optim.lr is nan"),
+        ("--optim.betas 2 2", "optim.betas"),
+        ("--optim.weight-decay -1", "optim.weight-decay"),
+        ("--optim.eps -1", "optim.eps"),
+        ("--objective.epsilon 0", "objective.epsilon is 0"),
+        ("--teacher.momentum 1.5", "teacher.momentum is 1.5"),
+        ("--train.steps 1.5", "train.steps"),
+        ("--train.device gpu", "train.device"),
+        ("--train.precision fp16", "bf16"),
+    ],
+)
+def test_impossible_values(
+    safe: Command, synthetic_data: Path, tmp_path: Path, flags: str, told: str
+) -> None:
+    assert told in safe(*train_flags(synthetic_data, tmp_path / "run", *flags.split()))
+
+
+def test_an_impossible_seed_with_workers(
+    safe: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    flags = ["--train.seed", -1, "--data.workers", 1]
+    assert "seed" in safe(*train_flags(synthetic_data, tmp_path / "run", *flags))
+
+
+def test_cuda_that_is_absent(
+    safe: Command,
+    synthetic_data: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    frames, output = frames_of(synthetic_data, "00000"), tmp_path / "out"
+    told = "smtc: CUDA was asked for but this machine has none"
+    assert told in safe(*train_flags(synthetic_data, output, "--train.device", "cuda"))
+    weights = ["--checkpoint", tiny_run, "--output", output, "--device", "cuda"]
+    assert told in safe("segment", frames, *weights)
+    assert told in safe("evaluate", "discovery", "--data", synthetic_data, *weights)
+
+
+# The output folder.
+
+
+def test_an_output_folder_with_something_else(
+    safe: Command, synthetic_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "thesis"
+    output.mkdir()
+    (output / "chapter1.tex").write_text("precious", encoding="utf-8")
+    weights = ["--checkpoint", tiny_run, "--output", output, "--device", "cpu"]
+    commands = [
+        train_flags(synthetic_data, output),
+        ["segment", frames_of(synthetic_data, "00000"), *weights],
+        ["evaluate", "discovery", "--data", synthetic_data, *weights],
+        ["data", "synthesize", output, "--videos", 1, "--size", 32],
+    ]
+    for command in commands:
+        said = safe(*command)
+        assert str(output) in said and re.search("another|something else", said), said
+    assert (output / "chapter1.tex").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_run_of_other_settings(
+    safe: Command, cli: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    command = train_flags(synthetic_data, tmp_path / "run")
+    assert cli(*command).code == 0
+    said = safe(*command, "--optim.lr", 0.5, "--train.log-every", 7)
+    assert "holds a run with other settings: optim.lr (0.008 → 0.5);" in said
+    assert cli(*command, "--train.log-every", 7).code == 0
+
+
+def test_an_output_that_is_a_file(
+    safe: Command, synthetic_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "file"
+    output.write_text("precious", encoding="utf-8")
+    weights = ["--checkpoint", tiny_run, "--output", output, "--device", "cpu"]
+    for command in (
+        train_flags(synthetic_data, output),
+        ["segment", frames_of(synthetic_data, "00000"), *weights],
+        ["evaluate", "discovery", "--data", synthetic_data, *weights],
+        ["data", "synthesize", output, "--videos", 1, "--size", 32],
+    ):
+        assert str(output) in safe(*command)
+    assert output.read_text(encoding="utf-8") == "precious"
+
+
+@pytest.mark.parametrize("inner", ["", "new"])
+def test_an_output_folder_that_is_not_writable(
+    safe: Command, synthetic_data: Path, tiny_run: Path, read_only: Path, inner: str
+) -> None:
+    output = read_only / inner
+    weights = ["--checkpoint", tiny_run, "--output", output, "--device", "cpu"]
+    for command in (
+        train_flags(synthetic_data, output),
+        ["segment", frames_of(synthetic_data, "00000"), *weights],
+        ["evaluate", "discovery", "--data", synthetic_data, *weights],
+        ["data", "synthesize", output, "--videos", 1, "--size", 32],
+    ):
+        said = safe(*command)
+        assert str(output) in said and "written" in said, said
+
+
+@pytest.mark.parametrize("size", ["8k", "24k", "1m"])
+def test_a_disk_that_fills_up_in_training(
+    refused: Command, mounted: Callable[[str], Path], synthetic_data: Path, size: str
+) -> None:
+    """With its settings, its first lines, or its first checkpoint."""
+    output = mounted(f"size={size}") / "run"
+    flags = ["--train.log-every", 1, "--train.steps", 3]
+    said = refused(*train_flags(synthetic_data, output, *flags))
+    assert str(output) in said and "No space left" in said
+    assert not [path for path in tree(output) if "partial" in path]
+    assert not (output / "model").exists()
+    assert not list(output.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("size", ["16k", "32k"])
+def test_a_disk_that_fills_up_with_results(
+    refused: Command,
+    mounted: Callable[[str], Path],
+    synthetic_data: Path,
+    tiny_run: Path,
+    size: str,
+) -> None:
+    folder = mounted(f"size={size}")
+    weights = ["--checkpoint", tiny_run, "--output", folder / "out", "--device", "cpu"]
+    for command in (
+        ["segment", frames_of(synthetic_data, "00000"), *weights],
+        ["evaluate", "discovery", "--data", synthetic_data, *weights],
+        ["data", "synthesize", folder / "out", "--videos", 6, "--size", 32],
+    ):
+        said = refused(*command)
+        assert str(folder / "out") in said and "No space left" in said, said
+        assert tree(folder) == []
+
+
+# Weights.
+
+
+@pytest.fixture(scope="module")
+def warm_run(tiny_config: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished warm start."""
+    output = str(tmp_path_factory.mktemp("warm") / "run")
+    config = tiny_config({"train.steps": 1, "output": output}, preset="tiny_encoder")
+    return train(config).folder
+
+
+@pytest.fixture
+def bad_weights(tiny_run: Path, warm_run: Path, tmp_path: Path) -> dict[str, Path]:
+    """A name for what is wrong to the file or folder."""
+    whole = (tiny_run / "model" / "model.safetensors").read_bytes()
+    made = {
+        "missing": tmp_path / "nothing.safetensors",
+        "truncated": tmp_path / "truncated.safetensors",
+        "empty": tmp_path / "empty.pth",
+        "text": tmp_path / "notes.pth",
+        "image": tmp_path / "image.safetensors",
+        "no model": tmp_path / "some folder",
+        "other tensors": tmp_path / "other.pth",
+        "unfinished": tmp_path / "unfinished",
+        "another architecture": tmp_path / "another",
+    }
+    made["truncated"].write_bytes(whole[: len(whole) // 2])
+    made["empty"].write_bytes(b"")
+    made["text"].write_text("not a checkpoint", encoding="utf-8")
+    made["image"].write_bytes(b"\xff\xd8\xff\xe0 some JPEG \xff\xd9")
+    made["no model"].mkdir()
+    torch.save({"layer.weight": torch.zeros(2, 2)}, made["other tensors"])
+    shutil.copytree(tiny_run, made["unfinished"], ignore=shutil.ignore_patterns("model"))
+    shutil.copytree(tiny_run / "model", made["another architecture"])
+    file = made["another architecture"] / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings["model"]["slots"] = 5
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    return made
+
+
+KINDS = [
+    "missing",
+    "truncated",
+    "empty",
+    "text",
+    "image",
+    "no model",
+    "other tensors",
+    "unfinished",
+]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "another architecture"])
+def test_weights_that_cannot_be_segmented_or_scored_with(
+    safe: Command, bad_weights: dict[str, Path], synthetic_data: Path, tmp_path: Path, kind: str
+) -> None:
+    bad = bad_weights[kind]
+    weights = ["--checkpoint", bad, "--output", tmp_path / "out", "--device", "cpu"]
+    for command in (
+        ["segment", frames_of(synthetic_data, "00000"), *weights],
+        ["evaluate", "discovery", "--data", synthetic_data, *weights],
+    ):
+        said = safe(*command)
+        assert said.startswith("smtc: ") and str(bad) in said, said
+
+
+@pytest.mark.parametrize("flag", ["--init", "--model.backbone.weights"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_cannot_be_started_from(
+    safe: Command,
+    bad_weights: dict[str, Path],
+    synthetic_data: Path,
+    tmp_path: Path,
+    kind: str,
+    flag: str,
+) -> None:
+    bad = bad_weights[kind]
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", flag, bad))
+    assert said.startswith("smtc: ") and str(bad) in said, said
+
+
+@pytest.mark.parametrize("flag", ["--init", "--model.backbone.weights"])
+def test_starting_from_another_architecture(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path, flag: str
+) -> None:
+    another = ["--model.backbone.patch", 16]
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", flag, tiny_run, *another))
+    assert str(tiny_run / "model") in said
+    assert "patch_embed.proj.weight is (64, 3, 8, 8) instead of (64, 3, 16, 16)" in said
+
+
+def test_an_encoder_alone_finds_no_objects(
+    safe: Command, warm_run: Path, synthetic_data: Path, tmp_path: Path
+) -> None:
+    weights = ["--checkpoint", warm_run, "--output", tmp_path / "out", "--device", "cpu"]
+    said = safe("segment", frames_of(synthetic_data, "00000"), *weights)
+    assert "holds an encoder only" in said and "--init" in said
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "other tensors"])
+def test_files_that_cannot_be_converted(
+    safe: Command, bad_weights: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    bad = bad_weights[kind]
+    assert str(bad) in safe("convert", bad, tmp_path / "model")
+
+
+def test_a_run_whose_checkpoint_is_damaged(
+    refused: Command, cli: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    command = train_flags(synthetic_data, tmp_path / "run")
+    assert cli(*command).code == 0
+    file = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "step_00000002.pt" in refused(*command)
+
+
+# Segmenting and scoring.
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: None, "does not exist|There is no|is no folder"),
+        (lambda folder: folder.mkdir(), "no frames|No videos|without|No frames"),
+        (lambda folder: folder.write_text("x"), "is no folder|not a folder|a file"),
+    ],
+)
+def test_frames_that_are_not_there(
+    safe: Command, tiny_run: Path, tmp_path: Path, make: Callable[[Path], Any], told: str
+) -> None:
+    folder = tmp_path / "frames"
+    make(folder)
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    said = safe("segment", folder, *weights)
+    assert said.startswith("smtc: ") and str(folder) in said
+    assert re.search(told, said), said
+
+
+def test_several_videos_to_segment(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path
+) -> None:
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    assert str(synthetic_data) in safe("segment", synthetic_data, *weights)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8 cut short", b"no image"])
+def test_an_unreadable_frame_is_refused_outside_training(
+    safe: Command, tiny_run: Path, videos: Path, tmp_path: Path, content: bytes
+) -> None:
+    (frames_of(videos, "00003") / "00006.jpg").write_bytes(content)
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    assert "00003/00006.jpg" in safe("segment", frames_of(videos, "00003"), *weights)
+    assert "00003/00006.jpg" in safe("evaluate", "discovery", "--data", videos, *weights)
+
+
+def test_the_sentence_has_a_line_of_its_own(
+    cli: Command, tiny_run: Path, videos: Path, tmp_path: Path
+) -> None:
+    """A progress bar stands in the way."""
+    for frame in videos.rglob("00006.jpg"):
+        frame.write_bytes(b"")
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    for command in (
+        ["segment", frames_of(videos, "00003"), *weights],
+        ["evaluate", "discovery", "--data", videos, *weights],
+        train_flags(videos, tmp_path / "run", "--data.max-bad-share", 0, "--data.frames", 8),
+    ):
+        told = cli(*command)
+        assert told.code == 2
+        assert told.error.split("\n")[-2].startswith("smtc: "), told.error
+
+
+def test_an_unreadable_annotation(
+    safe: Command, tiny_run: Path, videos: Path, tmp_path: Path
+) -> None:
+    (videos / "Annotations" / "480p" / "00004" / "00001.png").write_bytes(b"")
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    assert "00004/00001.png" in safe("evaluate", "discovery", "--data", videos, *weights)
+
+
+@pytest.mark.parametrize("dataset", ["synthetic", "davis2016"])
+def test_data_that_is_no_data_set(
+    safe: Command, tiny_run: Path, tmp_path: Path, dataset: str
+) -> None:
+    empty = tmp_path / "empty"
+    weights = ["--checkpoint", tiny_run, "--output", tmp_path / "out", "--device", "cpu"]
+    command = ["evaluate", "discovery", "--dataset", dataset, "--data", empty, *weights]
+    assert str(empty) in safe(*command)
+    empty.mkdir()
+    assert str(empty) in safe(*command)
+
+
+def test_what_to_score_has_to_be_said_once(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "discovery", "--data", synthetic_data, "--output", tmp_path / "out"]
+    told = "Give either --checkpoint FILE or --untrained PRESET."
+    assert told in safe(*command)
+    assert told in safe(*command, "--checkpoint", tiny_run, "--untrained", "tiny")
+    assert "did you mean 'tiny'?" in safe(*command, "--untrained", "tny")
+    assert "davis2016" in safe(*command, "--dataset", "davis2015", "--untrained", "tiny")
+
+
+@pytest.mark.parametrize("command", ["segment", "evaluate discovery", "data synthesize", "convert"])
+def test_missing_arguments(safe: Command, command: str) -> None:
+    assert "required" in safe(*command.split()).lower()
+
+
+def test_a_misspelt_flag_of_segment(safe: Command, tmp_path: Path) -> None:
+    said = safe("segment", tmp_path, "--checkpoit", "a", "--output", tmp_path / "out")
+    assert "--checkpoint" in said
+
+
+# Synthesizing.
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--videos 0", "videos is 0"),
+        ("--frames 0", "frames is 0"),
+        ("--size 3", "size is 3"),
+        ("--seed -1", "seed is -1"),
+        ("--difficulty easy", "standard"),
+    ],
+)
+def test_impossible_synthetic_sets(safe: Command, tmp_path: Path, flags: str, told: str) -> None:
+    assert told in safe("data", "synthesize", tmp_path / "videos", *flags.split())
+
+
+def test_another_synthetic_set_is_there(safe: Command, synthetic_data: Path) -> None:
+    said = safe("data", "synthesize", synthetic_data, "--videos", 7)
+    assert str(synthetic_data) in said and "videos 6 instead of 7" in said
