@@ -14,7 +14,7 @@ EXTRAS = {
 setup(
     name="smtc",
     version="0.1.0",
-    description="Self-supervised object-centric learning in video: SMTC as a custom-kernel training system",
+    description="SMTC: self-supervised object-centric learning in video, built for throughput",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -8,8 +8,6 @@ texture are instances of one category.
 import json
 import math
 import os
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smtc.errors import UserError
+from smtc.folders import whole_folder
 from smtc.pipelines.images import write_ids
 from smtc.progress import track
 
@@ -151,20 +150,9 @@ def synthesize(
     }
     if _already_there(root, described):
         return root
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    except OSError as error:
-        raise UserError(
-            f"{root} cannot be written ({error.strerror}); choose another folder."
-        ) from None
-    try:
+    with whole_folder(root, ()) as partial:
         _write_all(partial, videos, frames, size, seed, difficulty)
         (partial / "synthetic.json").write_text(json.dumps(described, indent=2) + "\n")
-        partial.chmod(0o755)
-        partial.rename(root)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return root
 
 

@@ -7,6 +7,7 @@ instance slots a semantic, D width.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -149,12 +150,19 @@ class ObjectiveConfig:
     """Teacher masks are raised to this power and renormalised (ours; 1 elsewhere)."""
 
     def __post_init__(self) -> None:
-        _require(self.epsilon > 0, f"objective.epsilon is {self.epsilon}; it must be positive.")
+        _require(
+            0 < self.epsilon < math.inf,
+            f"objective.epsilon is {self.epsilon}; it must be positive.",
+        )
         _require(
             self.iterations >= 1,
             f"objective.iterations is {self.iterations}; at least 1 is needed.",
         )
         _require(self.teacher_sharpening > 0, "objective.teacher-sharpening must be positive.")
+        for name in ("mask_threshold", "area"):
+            value = getattr(self, name)
+            flag = name.replace("_", "-")
+            _require(0 <= value <= 1, f"objective.{flag} is {value}; it lies in [0, 1].")
         _require(self.instance_from_step >= 0, "objective.instance-from-step must not be negative.")
 
 
@@ -209,8 +217,16 @@ class AugmentConfig:
                 0 < low <= high <= 1,
                 f"data.augment.crop is {low} {high}; use 0 < least <= greatest <= 1.",
             )
+        low, high = self.blur_sigma
         _require(
-            self.blur_kernel % 2 == 1,
+            0 < low <= high, f"data.augment.blur-sigma is {low} {high}; use 0 < least <= most."
+        )
+        _require(
+            min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
+            f"data.augment.jitter is {self.jitter}; use values from 0, the last (hue) up to 0.5.",
+        )
+        _require(
+            self.blur_kernel >= 1 and self.blur_kernel % 2 == 1,
             f"data.augment.blur-kernel is {self.blur_kernel}; it must be odd.",
         )
 
@@ -281,7 +297,7 @@ class OptimConfig:
     """Run the frozen encoder's backward and warm its moments, as the released script does."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be positive and finite.")
         _require(
             self.warmup_steps >= 0,
             f"optim.warmup-steps is {self.warmup_steps}; it must not be negative.",
@@ -291,6 +307,14 @@ class OptimConfig:
             f"optim.encoder-from-step is {self.encoder_from_step}; use -1 for never.",
         )
         _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm must be positive.")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {self.betas}; both lie in [0, 1).",
+        )
+        for name in ("eps", "weight_decay", "final_lr", "encoder_lr"):
+            value = getattr(self, name)
+            flag = name.replace("_", "-")
+            _require(value >= 0, f"optim.{flag} is {value}; it must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)

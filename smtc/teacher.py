@@ -3,6 +3,7 @@ by gradient.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, student: nn.Module) -> None:
         """One step of the moving average; buffers (batch statistics) are copied."""
-        mine, theirs = self._followed(self.model), self._followed(student)
+        mine = self._followed(self.model.named_parameters())
+        theirs = self._followed(student.named_parameters())
         torch._foreach_lerp_(mine, theirs, 1 - self.config.momentum)
-        for own, other in zip(self.model.buffers(), student.buffers(), strict=True):
+        mine = self._followed(self.model.named_buffers())
+        theirs = self._followed(student.named_buffers())
+        for own, other in zip(mine, theirs, strict=True):
             own.copy_(other)
 
-    def _followed(self, model: nn.Module) -> list[Tensor]:
-        return [
-            parameter
-            for name, parameter in model.named_parameters()
-            if self.config.scope == "all" or not name.startswith("encoder.")
-        ]
+    def _followed(self, named: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        everything = self.config.scope == "all"
+        return [value for name, value in named if everything or not name.startswith("encoder.")]

@@ -5,6 +5,7 @@ file systems.
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import tree
 
 from smtc import presets
 from smtc.cli import main
@@ -128,6 +130,25 @@ def refused(cli: Callable[..., Told]) -> Callable[..., str]:
         told = cli(*arguments)
         assert told.code == 2, told
         return told.sentence
+
+    return run
+
+
+@pytest.fixture
+def videos(synthetic_data: Path, tmp_path: Path) -> Path:
+    """A copy of the data that may be damaged."""
+    return Path(shutil.copytree(synthetic_data, tmp_path / "videos"))
+
+
+@pytest.fixture
+def safe(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
+    """As `refused`, and nothing under the test's folder may appear or vanish."""
+
+    def run(*arguments: object) -> str:
+        before = tree(tmp_path)
+        said = refused(*arguments)
+        assert tree(tmp_path) == before
+        return said
 
     return run
 

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import pytest
 import torch
+from commands import Command, train_flags
 
 import smtc
 from smtc import presets
@@ -20,9 +21,6 @@ from smtc.cli import parse_config
 from smtc.config import Config, from_dict
 from smtc.errors import UserError
 from smtc.weights import load_model
-
-TinyConfig = Callable[..., Config]
-Command = Callable[..., Any]
 
 
 def write(path: Path, text: str) -> Path:
@@ -244,17 +242,11 @@ def test_data_synthesize(cli: Command, tmp_path: Path) -> None:
     assert cli(*command, "--seed", 5).code == 0
 
 
-def train_flags(data: Path, output: Path) -> list[str]:
-    small = "--model.resolution 32 32 --train.steps 2 --train.batch 2 --data.workers 0"
-    fixed = ["--preset", "tiny", "--data", str(data), "--output", str(output)]
-    return [*fixed, *small.split(), "--train.device", "cpu", "--train.log-every", "1"]
-
-
 def test_train_then_segment_then_evaluate(
     cli: Command, synthetic_data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    told = cli("train", *train_flags(synthetic_data, run))
+    told = cli(*train_flags(synthetic_data, run))
     assert told.code == 0
     assert told.out == f"The run is in {run}, its model in {run / 'model'}.\n"
     assert (run / "model" / "model.safetensors").exists()
@@ -310,7 +302,7 @@ def test_evaluate_an_untrained_model_by_seed(
 
 
 def test_train_on_real_frames(cli: Command, davis2016: Path, tmp_path: Path) -> None:
-    told = cli("train", *train_flags(davis2016, tmp_path / "run"), "--train.steps", "1")
+    told = cli(*train_flags(davis2016, tmp_path / "run", "--train.steps", 1))
     assert told.code == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 and json.loads(lines[0])["loss"] > 0
@@ -338,12 +330,16 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     assert done.stderr == "smtc: There is no preset 'tinny'; did you mean 'tiny'?\n"
 
 
-def test_a_reader_that_has_gone_is_no_error() -> None:
-    """As in `smtc train --help | head`."""
+@pytest.mark.parametrize("arguments", ["--help", "segment --help", "train --help"])
+def test_a_reader_that_has_gone_is_no_error(arguments: str) -> None:
+    """As in `smtc train --help | head`, with output that fits into a buffer and that does not."""
     read, written = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "smtc", "train", "--help"]
-    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, text=True, check=False)
+    command = [sys.executable, "-m", "smtc", *arguments.split()]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        command, stdout=written, stderr=subprocess.PIPE, env=buffered, text=True, check=False
+    )
     os.close(written)
     assert (done.returncode, done.stderr) == (1, "")
 

@@ -3,10 +3,10 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from smtc.pipelines.synthetic import render_video
 
 from smtc.errors import UserError
 from smtc.evaluation.datasets import open_dataset, read_mask
+from smtc.pipelines.synthetic import render_video
 
 
 @pytest.fixture

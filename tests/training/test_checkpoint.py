@@ -13,9 +13,10 @@ from smtc.config import Config, to_dict
 from smtc.errors import UserError
 from smtc.training import checkpoint
 from smtc.training.checkpoint import (
+    check_run_folder,
+    claim_run_folder,
     flatten,
     latest_checkpoint,
-    open_run_folder,
     save_checkpoint,
     write_json,
 )
@@ -117,6 +118,13 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: bytes) -> 
     assert "\n" not in str(refusal.value)
 
 
+def open_run_folder(config: Config) -> Path:
+    """As `train` does."""
+    folder = check_run_folder(config)
+    claim_run_folder(folder, config)
+    return folder
+
+
 def run_config(tiny_config: TinyConfig, folder: Path, **settings: Any) -> Config:
     dotted = {name.replace("__", "."): value for name, value in settings.items()}
     return tiny_config({"output": str(folder)} | dotted)
@@ -189,6 +197,11 @@ def test_settings_that_do_not_change_the_result_may_differ(
     assert {name: written[name] for name in free} == free
 
 
+def test_looking_at_a_folder_changes_nothing(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    assert check_run_folder(run_config(tiny_config, tmp_path / "run")) == tmp_path / "run"
+    assert names(tmp_path) == []
+
+
 def test_a_moved_run_folder_goes_on(tiny_config: TinyConfig, tmp_path: Path) -> None:
     open_run_folder(run_config(tiny_config, tmp_path / "here"))
     (tmp_path / "here").rename(tmp_path / "there")
@@ -205,7 +218,7 @@ def test_a_folder_with_something_else_is_refused(tiny_config: TinyConfig, tmp_pa
 def test_a_file_in_the_way_is_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
     path = tmp_path / "run"
     path.write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot be written .File exists"):
+    with pytest.raises(UserError, match="is a file; choose another --output"):
         open_run_folder(run_config(tiny_config, path))
     assert path.read_text(encoding="utf-8") == "precious"
 
