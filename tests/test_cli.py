@@ -275,14 +275,19 @@ def test_train_then_segment_then_evaluate(
     assert str(run) in manifest
 
 
-def test_segment_with_the_authors_script(
-    cli: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path
+@pytest.mark.parametrize("preset", ["ours", "official"])
+def test_segment_takes_the_preset(
+    cli: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:
-    frames = synthetic_data / "JPEGImages" / "480p" / "00000"
-    command = ["segment", frames, "--checkpoint", tiny_run / "model", "--device", "cpu"]
-    told = cli(*command, "--output", tmp_path / "found", "--preset", "official")
-    assert told.code == 0
-    assert len(list((tmp_path / "found" / "masks").rglob("*.png"))) == 8
+    asked = []
+
+    def record(model: Any, frames: Path, output: Path, **settings: Any) -> None:
+        asked.append((frames, output, settings["preset"], model.training))
+
+    monkeypatch.setattr("smtc.inference.segment_folder", record)
+    command = ["segment", tmp_path, "--checkpoint", tiny_run / "model", "--device", "cpu"]
+    assert cli(*command, "--output", tmp_path / "found", "--preset", preset).code == 0
+    assert asked == [(tmp_path, tmp_path / "found", preset, False)]
 
 
 def test_evaluate_an_untrained_model_by_seed(

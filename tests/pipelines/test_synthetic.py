@@ -175,7 +175,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synthetic, "write_ids", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         synthesize(tmp_path / "set", videos=2, frames=2, size=32)
     assert os.listdir(tmp_path) == []
 

@@ -203,9 +203,18 @@ def test_a_frozen_backward_warms_moments_and_moves_nothing(
     run = train(config, method=method)
     assert same(start, weights(method, "student.encoder."))
     warmed = {n: s for n, s in moments(run).items() if n.startswith("encoder.")}
-    assert warmed.keys() == {n for n in method.trainable(0) if n.startswith("encoder.")}
+    assert warmed.keys() == {n for n in method.trainable(0) if n.startswith("encoder.")} != set()
     assert all(float(state["step"]) == 3.0 for state in warmed.values())
     assert all(state["exp_avg_sq"].sum() > 0 for state in warmed.values())
+
+
+def test_smtcs_encoder_starts_its_moments_when_it_unfreezes(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    run = train(with_output(tiny_config, tmp_path / "run", optim__encoder_from_step=3))
+    counts = {name: float(state["step"]) for name, state in moments(run).items()}
+    assert set(counts.values()) == {1.0, 4.0}
+    assert all((count == 1.0) == name.startswith("encoder.") for name, count in counts.items())
 
 
 def test_a_frozen_phase_leaves_no_moments_of_the_encoder(

@@ -104,6 +104,19 @@ def test_gradients_are_clipped_and_their_norm_logged(
     assert all(line["gradient_norm"] > 1e-2 for line in run.metrics)
 
 
+def test_smtcs_teacher_follows_by_momentum(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = with_output(
+        tiny_config, tmp_path / "run", train__steps=1, train__batch=4, teacher__momentum=0.75
+    )
+    method = SMTCMethod(config)
+    start = weights(method.student, "")
+    train(config, method=method)
+    student, teacher = weights(method.student, ""), weights(method.teacher.model, "")
+    assert not same(start, student)
+    expected = {name: 0.75 * start[name] + 0.25 * student[name] for name in start}
+    torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_the_seed_decides_the_result(tiny_config: TinyConfig, tmp_path: Path) -> None:
     first, again, other = (
         train(with_output(tiny_config, tmp_path / name, train__seed=seed, train__steps=1))
