@@ -51,7 +51,15 @@ setup(
         "all": sorted({need for needs in EXTRAS.values() for need in needs}),
         # Its wheels follow their own torch and CUDA versions, so it is never part of `all`.
         "xformers": ["xformers>=0.0.35"],
-        "dev": ["mypy>=1.13", "pytest>=8", "pytest-cov>=5", "pytest-timeout>=2.3", "ruff>=0.8"],
+        "dev": [
+            "mypy>=1.13",
+            "pytest>=8",
+            "pytest-cov>=5",
+            "pytest-timeout>=2.3",
+            "ruff>=0.8",
+            "setuptools>=77",
+            "wheel>=0.43",
+        ],
     },
     entry_points={"console_scripts": ["smtc = smtc.cli:main"]},
 )

@@ -82,10 +82,18 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(arguments)
+        try:
+            _dispatch(arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f"smtc: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(
+            "smtc: stopped; a training run goes on when the command is repeated.", file=sys.stderr
+        )
+        sys.exit(130)
     except BrokenPipeError:
         # The reader of our output has gone (`smtc … | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,9 +135,10 @@ def parse_config(arguments: list[str]) -> Config:
     """The config of `smtc train`'s arguments: a preset, then a TOML file, then flags."""
     preset, arguments = _take("--preset", arguments)
     file, arguments = _take("--config", arguments)
-    default = presets.get(preset or "fixed")
-    if file is not None:
-        default = _merge_file(default, Path(file))
+    changes = {} if file is None else _read_toml(Path(file))
+    in_file = changes.pop("preset", "fixed")
+    default = presets.get(str(in_file if preset is None else preset))
+    default = from_dict(Config, _overlay(to_dict(default), changes))
     arguments = [_long_name(argument) for argument in arguments]
     description = (
         "Train on a folder of videos, or go on with the run in the output folder.\n\n"
@@ -163,15 +172,16 @@ def _long_name(argument: str) -> str:
     return _SHORT_NAMES.get(name, name) + equals + value
 
 
-def _merge_file(default: Config, path: Path) -> Config:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        changes = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = _underscored(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"The settings file {path} cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The settings file {path} is no valid TOML: {error}.") from error
-    merged = from_dict(Config, _overlay(to_dict(default), _underscored(changes)))
-    return merged
+    if isinstance(values.get("data"), str):  # the short name, as on the command line
+        values["data"] = {"root": values["data"]}
+    return values
 
 
 def _underscored(values: dict[str, Any]) -> dict[str, Any]:

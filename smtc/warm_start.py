@@ -36,6 +36,8 @@ class WarmStart(Method):
         super().__init__()
         if not config.model.backbone.neck:
             raise UserError("The warm start trains a neck; set model.backbone.neck to its width.")
+        if config.optim.encoder_from_step != 0:
+            raise UserError("The warm start trains the encoder; set optim.encoder-from-step to 0.")
         self.config = config
         self.encoder = build_encoder(config.model.backbone)
         self.norm = nn.BatchNorm1d(config.model.backbone.neck)

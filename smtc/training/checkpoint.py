@@ -1,7 +1,10 @@
 """Simple checkpoints: one file a save, written beside its name and renamed, the last two kept."""
 
+import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     try:
         target.parent.mkdir(exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({"step": step, **state}, file)
+            file.write(_serialised({"step": step, **state}))
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
@@ -49,8 +52,15 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     return target
 
 
+def _serialised(state: dict[str, Any]) -> memoryview:
+    # Through memory, because torch hides what is wrong with a disk behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run that can be read, or None."""
+    """The newest checkpoint of a run, or None. Errors: `UserError` where it is damaged."""
     files = _checkpoints(folder)
     return read_checkpoint(files[-1]) if files else None
 
@@ -81,23 +91,31 @@ def check_run_folder(config: Config) -> Path:
 
 def claim_run_folder(folder: Path, config: Config) -> None:
     """Make the run folder and write the settings into it; `UserError` where that is impossible."""
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", to_dict(config))
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside the block, a folder that cannot be written or a full disk is a `UserError`."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}); "
+            f"The run folder {folder} cannot be written ({error.strerror}); free some space or "
             "choose another --output."
         ) from error
 
 
 def _refuse_other_settings(written: Path, config: Config) -> None:
     try:
-        before = flatten(json.loads(written.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(
-            f"{written} is damaged ({error}); remove its folder and start anew."
-        ) from error
+        settings = json.loads(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{written} is damaged; remove its folder and start anew.")
+    before = flatten(settings)
     now = flatten(json.loads(json.dumps(to_dict(config))))
     differing = sorted(
         key
@@ -127,5 +145,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def write_json(path: Path, values: Any) -> None:
     """Write JSON beside `path` and rename it there."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

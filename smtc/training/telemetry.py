@@ -1,6 +1,7 @@
 """What a run tells while it goes: a progress bar, JSON lines, TensorBoard scalars."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ class Telemetry:
 
     def __init__(self, folder: Path, *, steps: int, start: int, title: str) -> None:
         self._lines = _reopen(folder / "metrics.jsonl", start)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = bar(total=steps, title=title, unit="step", initial=start)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -50,7 +51,8 @@ class Telemetry:
             "clips_per_s": self._clips / elapsed,
             "data_wait_share": self._waited / elapsed,
         }
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
+        self._lines.write(json.dumps({"step": step, **known}) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

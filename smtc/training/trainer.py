@@ -24,6 +24,7 @@ from smtc.training.checkpoint import (
     claim_run_folder,
     latest_checkpoint,
     save_checkpoint,
+    writing,
 )
 from smtc.training.optim import (
     build_optimizer,
@@ -69,7 +70,8 @@ def train(config: Config, method: Method | None = None) -> Run:
     loader = build_loader(config, start_step=trainer.step)
     # Only now, when all that was given has proved good, is something written.
     claim_run_folder(folder, config)
-    trainer.run(loader)
+    with writing(folder):
+        trainer.run(loader)
     return Run(folder=folder, method=method, metrics=read_metrics(folder / "metrics.jsonl"))
 
 
@@ -110,6 +112,7 @@ class Trainer:
         self.folder = folder
         self.device = device
         self.step = 0
+        self.learning_rate = 0.0
         self.trained: tuple[str, ...] = ()
         self.optimizer: torch.optim.Optimizer
         self._enter_phase()
@@ -155,7 +158,9 @@ class Trainer:
         # Stochastic depth draws from torch's generator: the same at this step in every run.
         torch.manual_seed(config.train.seed * 1_000_003 + self.step)
         self._enter_phase()
-        set_learning_rate(self.optimizer, self.step, config.train.steps, config.optim)
+        self.learning_rate = set_learning_rate(
+            self.optimizer, self.step, config.train.steps, config.optim
+        )
         with self._precision():
             scalars = self.method.training_step(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,17 +203,22 @@ class Trainer:
         )
 
     def _log(self, telemetry: Telemetry, loader: TorchLoader) -> None:
-        extra = {"lr": self.optimizer.param_groups[0]["lr"], "replaced_clips": loader.replaced}
+        extra = {"lr": self.learning_rate, "replaced_clips": loader.replaced}
         values = telemetry.log(self.step, extra)
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"The loss is no finite number by step {self.step}; lower optim.lr or look at "
-                f"the data. The checkpoints before it are in {self.folder / 'checkpoints'}."
-            )
+        self._require_finite(math.isfinite(values["loss"]))
 
     def _save(self) -> None:
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._require_finite(all(bool(weight.isfinite().all()) for weight in weights))
         state = {
             "method": self.method.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
         }
         save_checkpoint(self.folder, self.step, state)
+
+    def _require_finite(self, finite: bool) -> None:
+        if not finite:
+            raise UserError(
+                f"The loss or a weight is no finite number by step {self.step}; lower optim.lr or "
+                f"look at the data. Earlier checkpoints are in {self.folder / 'checkpoints'}."
+            )
