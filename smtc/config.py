@@ -95,7 +95,7 @@ class ModelConfig:
     sampling: Literal["reparameterised", "detached"] = "reparameterised"
     embedding: Literal["raw", "mlp"] = "mlp"
     """The instance loss compares raw slots, or the unit-norm output of an MLP."""
-    impl: Literal["auto", "eager", "triton"] = "auto"
+    impl: Literal["auto", "eager"] = "auto"
     """Which implementation of the operations runs; auto goes by device and says so once."""
 
     def __post_init__(self) -> None:

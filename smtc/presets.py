@@ -130,7 +130,7 @@ def tiny_encoder() -> Config:
     return Config(
         method="warm_start",
         model=_tiny_model(),
-        warm_start=WarmStartConfig(grayscale=0.2),
+        warm_start=WarmStartConfig(covariance=8.0, grayscale=0.2),
         data=DataConfig(
             root=SYNTHETIC_TRAINING_SET,
             frames=2,
@@ -148,7 +148,7 @@ def tiny_encoder() -> Config:
             encoder_lr=1.0,
             encoder_from_step=0,
         ),
-        train=TrainConfig(steps=300, batch=16, threads=1, checkpoint_every=100),
+        train=TrainConfig(steps=700, batch=16, threads=1, checkpoint_every=100),
     )
 
 
@@ -156,9 +156,7 @@ def tiny() -> Config:
     """Small, learns on a CPU in minutes when it starts from `tiny_encoder`."""
     return Config(
         model=_tiny_model(),
-        objective=ObjectiveConfig(
-            regularisation_weight=3.0, teacher_sharpening=2.0, instance_from_step=200
-        ),
+        objective=ObjectiveConfig(teacher_sharpening=2.0, instance_from_step=200),
         data=DataConfig(
             root=SYNTHETIC_TRAINING_SET,
             gap=2,
