@@ -1,8 +1,12 @@
 """The command line: `smtc <command> …`. A mistake ends in one sentence and exit code 2."""
 
+import contextlib
 import difflib
+import io
+import json
 import logging
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable
@@ -91,7 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "smtc: stopped; a training run goes on when the command is repeated.", file=sys.stderr
+            "smtc: stopped. `smtc train`, repeated, goes on from its last checkpoint, if any.",
+            file=sys.stderr,
         )
         sys.exit(130)
     except BrokenPipeError:
@@ -127,8 +132,22 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
 
 
-def _parse(kind: type[Settings], command: str, arguments: list[str]) -> Settings:
-    return tyro.cli(kind, prog=f"smtc {command}", args=arguments)
+def _parse(kind: type[Settings], command: str, arguments: list[str], **options: Any) -> Settings:
+    """Typed settings from flags; what is wrong with them becomes one sentence."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, prog=f"smtc {command}", args=arguments, **options)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_unboxed(box.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    """The words of the frame that tyro draws around an error, on one line."""
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+    return words.removeprefix("Value error ").removeprefix("Unrecognized options ")
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -143,11 +162,9 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         "Train on a folder of videos, or go on with the run in the output folder.\n\n"
         f"--preset NAME starts from a preset ({', '.join(presets.PRESETS)}; fixed when not given) "
-        "and --config FILE.toml changes it; both come before all other flags in rank."
+        "and --config FILE.toml changes it; the flags below win over both."
     )
-    return tyro.cli(
-        Config, prog="smtc train", description=description, default=default, args=arguments
-    )
+    return _parse(Config, "train", arguments, description=description, default=default)
 
 
 def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -220,7 +237,11 @@ def _segment(arguments: list[str]) -> None:
 
     model = load_model(settings.checkpoint).to(pick_device(settings.device))
     segment_folder(model, settings.frames, settings.output, preset=settings.preset)
-    print(f"Masks, scores and the overlay are in {settings.output}.")
+    frames = json.loads((settings.output / "scores.json").read_text(encoding="utf-8"))["frames"]
+    ids = {name for scores in frames for name in scores}
+    print(
+        f"{len(ids)} objects in {len(frames)} frames: masks, scores, overlay in {settings.output}."
+    )
 
 
 def _evaluate_discovery(arguments: list[str]) -> None:

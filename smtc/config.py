@@ -348,7 +348,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
-        _require(self.seed >= 0, f"train.seed is {self.seed}; it must not be negative.")
+        _require(0 <= self.seed < 2**31, f"train.seed is {self.seed}; it lies in [0, 2^31).")
         _require(self.batch >= 1, f"train.batch is {self.batch}; at least 1 clip is needed.")
         _require(
             self.log_every >= 1, f"train.log-every is {self.log_every}; it must be at least 1."
@@ -358,7 +358,7 @@ class TrainConfig:
             f"train.checkpoint-every is {self.checkpoint_every}; it must be at least 1.",
         )
         _require(
-            self.threads is None or self.threads >= 1,
+            self.threads is None or 1 <= self.threads <= 1024,
             f"train.threads is {self.threads}; use 1 or more.",
         )
 
@@ -380,10 +380,28 @@ class Config:
     output: str | None = None
     """The run folder."""
 
+    def __post_init__(self) -> None:
+        for name, value in flatten(to_dict(self)).items():
+            _require(
+                not isinstance(value, float) or math.isfinite(value),
+                f"{name.replace('_', '-')} is {value}; it must be a finite number.",
+            )
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
     return dataclasses.asdict(config)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:

@@ -62,6 +62,11 @@ class SMTCMethod(Method):
         self.teacher = Teacher(self.student, config.teacher)
 
     def _initialise(self) -> None:
+        if self.config.model.backbone.weights is None and self.config.init is None:
+            logger.warning(
+                "The encoder starts from random weights, from which SMTC does not learn: give "
+                "--model.backbone.weights FILE (DINO, MoCo) or --init RUN."
+            )
         if self.config.model.backbone.weights is not None:
             report = load_encoder_weights(self.student.encoder, self.config.model.backbone.weights)
             logger.info("%s", report)
@@ -119,7 +124,7 @@ class SMTCMethod(Method):
             targets=targets,
             impl=model.impl,
         )
-        return losses._asdict()
+        return {name: value for name, value in losses._asdict().items() if value is not None}
 
     def _noise(self, batch: Batch, stream: int) -> Tensor:
         """What instance slots are sampled with, keyed by the clips: `[B,T,N,P,D]`."""

@@ -80,15 +80,16 @@ class SMTC(nn.Module):
         mode takes fixed noise and the previous frame.
         """
         batch, frames = clip.shape[:2]
-        features, grid = self.encode(clip)
+        if iterations is None:
+            iterations = self.config.iterations
         if noise is None:
             noise = self._draw_noise(batch, frames, clip.device)
         if reference is None:
             reference = self._draw_reference(batch, frames, clip.device)
+        self._check(clip, noise, reference, iterations)
+        features, grid = self.encode(clip)
         fused = self._fuse(features, reference, grid)
-        slots = self.slot_attention(
-            fused.flatten(0, 1), noise.flatten(0, 1), iterations or self.config.iterations
-        )
+        slots = self.slot_attention(fused.flatten(0, 1), noise.flatten(0, 1), iterations)
         split = [part.unflatten(0, (batch, frames)) for part in slots]
         semantic_slots, semantic_logits, instance_slots, instance_logits = split
         return Output(
@@ -100,6 +101,24 @@ class SMTC(nn.Module):
             embeddings=self._embed(instance_slots),
             grid=grid,
         )
+
+    def _check(self, clip: Tensor, noise: Tensor, reference: Tensor, iterations: int) -> None:
+        if clip.ndim != 5 or clip.shape[2] != 3:
+            raise ValueError(f"clip: expected [B,T,3,H,W], got {list(clip.shape)}")
+        batch, frames = clip.shape[:2]
+        drawn = batch, frames, self.config.slots, self.config.instances, self.width
+        if noise.shape != drawn:
+            raise ValueError(f"noise: expected {list(drawn)}, got {list(noise.shape)}")
+        if reference.shape != (batch, frames) or reference.dtype != torch.int64:
+            raise ValueError(
+                f"reference: expected int64 [{batch},{frames}], "
+                f"got {reference.dtype} {list(reference.shape)}"
+            )
+        # Only where looking does not make the device wait.
+        if not reference.is_cuda and not ((reference >= 0) & (reference < frames)).all():
+            raise ValueError(f"reference: expected frames 0 to {frames - 1} of the clip")
+        if iterations < 1:
+            raise ValueError(f"iterations: expected at least 1, got {iterations}")
 
     def encode(self, clip: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Features `[B,T,L,D]` of `clip [B,T,3,H,W]`, and the grid (rows, columns)."""

@@ -166,15 +166,16 @@ def instance_consistency(
 
 
 class Losses(NamedTuple):
-    """The weighted sum and its parts, fp32 scalars; `valid_share` says how many student instances
-    counted.
-    """
+    """The weighted sum, its parts and what to watch; fp32 scalars."""
 
     loss: Tensor
     alignment: Tensor
     regularisation: Tensor
     instance: Tensor
     valid_share: Tensor
+    """How many of the student's instances counted."""
+    active_negatives: Tensor | None
+    """Of the "l2_margin" form: the share of negatives nearer than the margin."""
 
 
 def smtc_losses(
@@ -220,7 +221,15 @@ def smtc_losses(
         )
         for output in (student, teacher)
     )
-    instance = torch.zeros_like(alignment)
+    instance, active = torch.zeros_like(alignment), None
+    if with_instances and config.form == "l2_margin":
+        active = kernels.active_negatives(
+            student.embeddings,
+            teacher.embeddings,
+            student_valid,
+            margin=config.margin,
+            impl=impl,
+        )
     if with_instances:
         instance = instance_consistency(
             student.embeddings,
@@ -237,7 +246,8 @@ def smtc_losses(
         + config.regularisation_weight * regularisation
         + config.instance_weight * instance
     )
-    return Losses(loss, alignment, regularisation, instance, student_valid.float().mean())
+    valid_share = student_valid.float().mean()
+    return Losses(loss, alignment, regularisation, instance, valid_share, active)
 
 
 def warp_to_student(targets: Tensor, spatial: Tensor, grid: tuple[int, int]) -> Tensor:

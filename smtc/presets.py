@@ -156,7 +156,7 @@ def tiny() -> Config:
     """Small, learns on a CPU in minutes when it starts from `tiny_encoder`."""
     return Config(
         model=_tiny_model(),
-        objective=ObjectiveConfig(teacher_sharpening=2.0, instance_from_step=200),
+        objective=ObjectiveConfig(teacher_sharpening=2.0, instance_from_step=400),
         data=DataConfig(
             root=SYNTHETIC_TRAINING_SET,
             gap=2,
@@ -171,7 +171,7 @@ def tiny() -> Config:
             encoder_from_step=-1,
         ),
         teacher=TeacherConfig(momentum=0.97),
-        train=TrainConfig(steps=300, batch=8, threads=1, checkpoint_every=100),
+        train=TrainConfig(steps=500, batch=8, threads=1, checkpoint_every=100),
     )
 
 

@@ -38,9 +38,17 @@ class WarmStart(Method):
             raise UserError("The warm start trains a neck; set model.backbone.neck to its width.")
         if config.optim.encoder_from_step != 0:
             raise UserError("The warm start trains the encoder; set optim.encoder-from-step to 0.")
+        if config.init is not None or config.model.backbone.weights is not None:
+            raise UserError(
+                "The warm start begins with random weights; leave out --init and weights."
+            )
+        if config.data.spatial != "shared":
+            raise UserError("The warm start pairs places of two views; set data.spatial to shared.")
         self.config = config
         self.encoder = build_encoder(config.model.backbone)
         self.norm = nn.BatchNorm1d(config.model.backbone.neck)
+        self.luma: Tensor
+        self.register_buffer("luma", torch.tensor(_LUMA).view(3, 1, 1), persistent=False)
 
     def trainable(self, step: int) -> dict[str, nn.Parameter]:
         """The whole encoder but what its feature leaves without gradient."""
@@ -87,11 +95,11 @@ class WarmStart(Method):
 
     def _grey(self, frames: Tensor, step: int) -> Tensor:
         """The whole batch without colour at some steps, so that texture has to do."""
-        key = torch.tensor([step], device=frames.device)
-        chance = keyed_uniform(self.config.train.seed, key, _GREY_STREAM, 1)
-        luma = torch.tensor(_LUMA, device=frames.device).view(3, 1, 1)
-        grey = (frames * luma).sum(dim=-3, keepdim=True).expand_as(frames)
-        return torch.where(chance < self.config.warm_start.grayscale, grey, frames)
+        # Drawn on the host, which needs no copy from the device.
+        drawn = keyed_uniform(self.config.train.seed, torch.tensor([step]), _GREY_STREAM, 1)
+        if float(drawn) >= self.config.warm_start.grayscale:
+            return frames
+        return (frames * self.luma).sum(dim=-3, keepdim=True).expand_as(frames)
 
     def _pair_up(
         self, first: Tensor, second: Tensor, index: Tensor, grid: tuple[int, int]

@@ -77,6 +77,7 @@ def test_unreadable_frames_are_named_once_replaced_and_counted(
         told = cli(*train_flags(videos, tmp_path / "run", *flags))
     assert told.code == 0
     named = Counter(record.message.partition(":")[0] for record in caplog.records)
+    del named["The encoder starts from random weights, from which SMTC does not learn"]
     assert named == {"00003/00002.jpg": 1, "00003/00003.jpg": 1}
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     # 24 clips are four epochs of six videos.

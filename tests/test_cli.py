@@ -256,7 +256,8 @@ def test_train_then_segment_then_evaluate(
     told = cli("segment", frames, "--checkpoint", run, "--output", found, "--device", "cpu")
     assert told.code == 0
     assert str(found) in told.out
-    assert sorted(path.name for path in found.iterdir()) == ["masks", "overlay.mp4", "scores.json"]
+    made = {path.name for path in found.iterdir()}
+    assert made == {".smtc", "masks", "overlay.mp4", "scores.json"}
     masks = sorted((found / "masks").rglob("*.png"))
     assert [path.name for path in masks] == [f"{i:05d}.png" for i in range(8)]
     assert cv2.imread(str(masks[0])).shape == (32, 32, 3)
@@ -283,10 +284,14 @@ def test_segment_takes_the_preset(
 
     def record(model: Any, frames: Path, output: Path, **settings: Any) -> None:
         asked.append((frames, output, settings["preset"], model.training))
+        output.mkdir()
+        scores = {"frames": [{"3": 0.9}, {"3": 0.8, "7": 0.6}]}
+        (output / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
 
     monkeypatch.setattr("smtc.inference.segment_folder", record)
     command = ["segment", tmp_path, "--checkpoint", tiny_run / "model", "--device", "cpu"]
-    assert cli(*command, "--output", tmp_path / "found", "--preset", preset).code == 0
+    told = cli(*command, "--output", tmp_path / "found", "--preset", preset)
+    assert told.code == 0 and "2 objects in 2 frames" in told.out
     assert asked == [(tmp_path, tmp_path / "found", preset, False)]
 
 

@@ -1,4 +1,6 @@
 import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -6,6 +8,13 @@ from smtc.errors import UserError
 from smtc.folders import whole_folder
 
 HOLDS = ("a.txt", "b.txt")
+WRITER = "smtc test"
+
+
+def earlier(target):
+    """A folder as an earlier run would have left it."""
+    with whole_folder(target, HOLDS, writer=WRITER) as folder:
+        (folder / "a.txt").write_text("old")
 
 
 def names(folder):
@@ -24,16 +33,17 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 def test_an_earlier_folder_is_replaced_whole(tmp_path):
     target = tmp_path / "out"
     for name in HOLDS:
-        with whole_folder(target, HOLDS) as folder:
+        with whole_folder(target, HOLDS, writer=WRITER) as folder:
             (folder / name).write_text(name)
-    assert names(target) == ["b.txt"]
+    assert names(target) == [".smtc", "b.txt"]
+    line = (target / ".smtc").read_text()
+    assert line.startswith("Written by smtc test") and line.count("\n") == 1
     assert names(tmp_path) == ["out"]
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "a.txt").write_text("old")
+    earlier(target)
     with pytest.raises(RuntimeError), whole_folder(target, HOLDS) as folder:
         (folder / "a.txt").write_text("new")
         raise RuntimeError
@@ -43,26 +53,89 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path):
     target = tmp_path / "out"
-    target.mkdir()
-    (target / "a.txt").write_text("old")
+    earlier(target)
     with pytest.raises(UserError, match="out cannot be written"), whole_folder(target, HOLDS) as f:
         f.rename(tmp_path / "gone")
     assert (target / "a.txt").read_text() == "old"
 
 
-@pytest.mark.parametrize("kind", ["file", "stranger"])
+@pytest.mark.parametrize("kind", ["file", "stranger", "namesake", "stranger in ours"])
 def test_something_else_is_refused(tmp_path, kind):
     target = tmp_path / "out"
     if kind == "file":
         target.write_text("mine")
+    elif kind == "stranger in ours":
+        earlier(target)
+        (target / "mine.txt").write_text("mine")
     else:
         target.mkdir()
-        (target / "mine.txt").write_text("mine")
+        # A name that our own folders have too does not make the file ours.
+        (target / ("a.txt" if kind == "namesake" else "mine.txt")).write_text("mine")
     entered = []
     refusal = pytest.raises(UserError, match="choose another output folder")
     with refusal, whole_folder(target, HOLDS):
         entered.append(1)
     assert not entered and names(tmp_path) == ["out"]
+    if kind != "file":
+        assert "mine" in [path.read_text() for path in target.iterdir()]
+
+
+def test_an_empty_folder_may_be_used_and_the_marker_is_optional(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    with whole_folder(target, ()) as folder:
+        (folder / "anything.txt").write_text("one")
+    assert names(target) == ["anything.txt"]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_link_stays_and_its_target_is_replaced(tmp_path, present):
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    if present:
+        earlier(real)
+    link.symlink_to(real)
+    with whole_folder(link, HOLDS, writer=WRITER) as folder:
+        (folder / "b.txt").write_text("new")
+    assert link.is_symlink() and not real.is_symlink()
+    assert names(real) == [".smtc", "b.txt"]
+    assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["real"]
+
+
+def killed(target, moment):
+    """A process that is killed while it writes to `target`, or between its two renames."""
+    if os.fork():
+        os.wait()
+        return
+    if moment == "renaming":
+        rename = Path.rename
+        Path.rename = lambda path, to: (rename(path, to), os.kill(os.getpid(), signal.SIGKILL))
+    with whole_folder(target, HOLDS, writer=WRITER) as folder:
+        (folder / "a.txt").write_text("half")
+        if moment == "writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path, moment):
+    target = tmp_path / "out"
+    earlier(target)
+    killed(target, moment)
+    assert len(names(tmp_path)) == 2
+    with pytest.raises(RuntimeError), whole_folder(target, HOLDS):
+        raise RuntimeError
+    assert (target / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    refusal = pytest.raises(UserError, match=r"xxx cannot be written \(File name too long\)")
+    with refusal, whole_folder(tmp_path / ("x" * 300), HOLDS):
+        pass
+
+
+def test_the_root_of_the_file_system_is_refused():
+    with pytest.raises(UserError, match="/ is the root"), whole_folder("/", HOLDS):
+        pass
 
 
 def test_a_place_that_cannot_be_written_is_named(read_only):

@@ -164,6 +164,12 @@ def test_a_real_model_gives_the_same_whatever_the_batch(tiny_config):
         (np.zeros((2, 8, 8, 3), np.float32), "Frame 0 is float32"),
         (np.zeros((2, 8, 8), np.uint8), r"uint8 \[8, 8\]; frames must be RGB"),
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "one size"),
+        (np.zeros((2, 0, 8, 3), np.uint8), r"uint8 \[0, 8, 3\]; .* of one pixel at least"),
+        (iter([np.zeros((8, 8, 3), np.uint8)]), "The frames are a list_iterator; give an array"),
+        (None, "The frames are a NoneType"),
+        (np.array(3), "The frames are a ndarray"),
+        ("frames.mp4", "The frames are a str"),
+        ([[[[0, 0, 0]]]], "Frame 0 is a list; frames must be NumPy arrays"),
     ],
 )
 def test_frames_that_are_no_video_are_refused(frames, sentence):
@@ -174,6 +180,9 @@ def test_frames_that_are_no_video_are_refused(frames, sentence):
 def test_wrong_settings_are_refused():
     with pytest.raises(UserError, match="'authors'; choose from ours, official"):
         segment(ColourModel(), scene(), preset="authors")
+    for batch in (0, -1, 1.5):
+        with pytest.raises(UserError, match=f"batch is {batch}; give a whole number"):
+            segment(ColourModel(), scene(), batch=batch)
     with pytest.raises(UserError, match="no frames"):
         predict(ColourModel(), iter([]))
     prediction = inference.Prediction(
@@ -188,7 +197,8 @@ def test_a_folder_of_frames_becomes_masks_scores_and_an_overlay(tmp_path):
     video[10, :8] = 255
     folder = write_frames(tmp_path / "boxes", video)
     output = segment_folder(ColourModel(), folder, tmp_path / "out")
-    assert sorted(p.name for p in output.iterdir()) == ["masks", "overlay.mp4", "scores.json"]
+    names = sorted(p.name for p in output.iterdir())
+    assert names == [".smtc", "masks", "overlay.mp4", "scores.json"]
     masks = sorted((output / "masks" / "boxes").iterdir())
     assert [p.name for p in masks] == [f"{k:05d}.png" for k in range(11)]
     wanted = segment(ColourModel(), video)
@@ -213,12 +223,29 @@ def test_an_earlier_result_is_replaced_and_anything_else_refused(tmp_path):
     output = tmp_path / "out"
     found = segment(ColourModel(), scene(frames=2))
     write_segmentation(output, "first", scene(frames=2), found)
-    write_segmentation(output, "second", scene(frames=2), found)
-    assert [p.name for p in (output / "masks").iterdir()] == ["second"]
+    write_segmentation(output, "first", scene(frames=1), list(found)[:1])
+    assert [p.name for p in (output / "masks" / "first").iterdir()] == ["00000.png"]
+    with pytest.raises(UserError, match="already holds masks of 'first', not of 'second'"):
+        write_segmentation(output, "second", scene(frames=2), found)
     (output / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"already holds 'notes\.txt'"):
-        write_segmentation(output, "third", scene(frames=2), found)
-    assert [p.name for p in (output / "masks").iterdir()] == ["second"]
+        write_segmentation(output, "first", scene(frames=2), found)
+    assert [p.name for p in (output / "masks").iterdir()] == ["first"]
+
+
+def test_masks_made_by_hand_are_never_deleted(tmp_path):
+    mine = tmp_path / "precious" / "masks" / "handmade" / "a.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    boxes = write_frames(tmp_path / "boxes", scene(2))
+    with pytest.raises(UserError, match="precious already holds 'masks'"):
+        segment_folder(ColourModel(), boxes, tmp_path / "precious")
+    # Nor those that were put into a folder of ours.
+    output = segment_folder(ColourModel(), boxes, tmp_path / "out")
+    mine.parent.rename(output / "masks" / "handmade")
+    with pytest.raises(UserError, match="already holds masks of 'handmade'"):
+        segment_folder(ColourModel(), boxes, output)
+    assert (output / "masks" / "handmade" / "a.txt").read_text() == "mine"
 
 
 def test_an_output_that_is_refused_costs_no_work(tmp_path):

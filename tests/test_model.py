@@ -239,3 +239,23 @@ def test_parameter_names_of_the_optional_parts() -> None:
     assert not any(name.startswith("mlp_slot") for name in names["paper"])
     assert not any(name.startswith("fusion") for name in names["fixed"])
     assert {"mlp_slot.0.weight", "mlp_slot.2.bias"} <= names["fixed"]
+
+
+@pytest.mark.parametrize(
+    ("draws", "said"),
+    [
+        ({"noise": torch.zeros(2, 3, SLOTS, 1, WIDTH)}, "noise: expected"),
+        ({"reference": torch.zeros(2, 3)}, "reference: expected int64"),
+        ({"reference": torch.full((2, 3), 3)}, "reference: expected frames 0 to 2"),
+        ({"reference": torch.full((2, 3), -1)}, "reference: expected frames 0 to 2"),
+        ({"iterations": 0}, "iterations: expected at least 1"),
+    ],
+)
+def test_draws_that_do_not_fit_the_clip_are_refused(draws: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build()(clips(), **draws)
+
+
+def test_a_clip_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="clip: expected"):
+        build()(clips()[0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ class Given(nn.Module):
 
 
 def test_the_losses_are_those_of_vicreg(tiny_config: TinyConfig) -> None:
-    method = make(tiny_config, shift=0, grayscale=0.0)
+    method = make(tiny_config, shift=0, grayscale=0.0, covariance=1.0)
     embeddings = torch.randn(6, 20, 5) * 0.4 + 0.3
     method.encoder = Given(embeddings, (4, 5))  # type: ignore[assignment]
     losses = method.training_step(coloured(3), 0)
@@ -230,3 +231,19 @@ def test_saving_leaves_the_method_as_it_was(tiny_config: TinyConfig, tmp_path: P
 def test_without_a_neck_there_is_nothing_to_fold(tiny_config: TinyConfig) -> None:
     with pytest.raises(UserError, match=r"set model\.backbone\.neck"):
         WarmStart(tiny_config({"model.backbone.neck": 0}, preset="tiny_encoder"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"init": "runs/other"}, "random weights"),
+        ({"model.backbone.weights": "dino.pth"}, "random weights"),
+        ({"data.spatial": "independent"}, "data.spatial"),
+        ({"optim.encoder_from_step": 5}, "encoder-from-step"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(
+    tiny_config: TinyConfig, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        WarmStart(tiny_config(settings, preset="tiny_encoder"))

@@ -16,6 +16,7 @@ from smtc.backbones import Encoder, build_encoder
 from smtc.config import BackboneConfig, ModelConfig, to_dict
 from smtc.errors import UserError
 from smtc.model import SMTC
+from smtc.training.checkpoint import save_checkpoint
 from smtc.weights import (
     checkpoint_hash,
     convert,
@@ -195,6 +196,30 @@ def test_a_save_that_fails_leaves_the_model_before(
     monkeypatch.undo()
     expect_equal(load_model(tmp_path).state_dict(), model.state_dict())
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+def test_a_saved_model_has_the_mode_of_an_ordinary_file(tmp_path: Path) -> None:
+    former = os.umask(0o027)
+    try:
+        save_model(SMTC(SMALL), tmp_path)
+    finally:
+        os.umask(former)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"config.json": 0o640, "model.safetensors": 0o640}
+
+
+def test_what_training_resumes_from_is_no_model(tmp_path: Path) -> None:
+    model = SMTC(SMALL)
+    file = save_checkpoint(tmp_path / "run", 7, {"method": model.state_dict(), "step": 7})
+    sentence = r"step_00000007.pt is what training resumes from.* name the run folder .*run instead"
+    for load in (load_model, lambda path: load_init(model, path)):
+        with pytest.raises(UserError, match=sentence):
+            load(file)
+    with pytest.raises(UserError, match="There is no file"):
+        load_model(file.with_name("step_00000008.pt"))
+    # The name alone says nothing: a model of the authors may have it too.
+    torch.save({"model_state_dict": fill(authors_shapes())}, file)
+    assert isinstance(load_model(file), SMTC)
 
 
 def test_overrides_are_checked(tmp_path: Path) -> None:

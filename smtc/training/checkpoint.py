@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 
-from smtc.config import Config, to_dict
+from smtc.config import Config, flatten, to_dict
 from smtc.errors import UserError
 from smtc.weight_files import read_checkpoint
+
+logger = logging.getLogger("smtc")
 
 KEPT = 2
 
@@ -28,6 +31,9 @@ _FREE_TO_CHANGE = {
     "data.max_bad_share",
     "model.impl",
 }
+
+# The same place may be named in several ways.
+_PATHS = {"data.root", "init", "model.backbone.weights"}
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
@@ -60,9 +66,19 @@ def _serialised(state: dict[str, Any]) -> memoryview:
 
 
 def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run, or None. Errors: `UserError` where it is damaged."""
+    """The newest checkpoint of a run that can be read, or None where there is none."""
     files = _checkpoints(folder)
-    return read_checkpoint(files[-1]) if files else None
+    for file in reversed(files):
+        try:
+            return read_checkpoint(file)
+        except UserError as error:
+            logger.warning("%s", error)
+    if files:
+        raise UserError(
+            f"{files[-1]} is damaged, and so is every checkpoint before it; "
+            f"remove {folder} and start anew."
+        )
+    return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -77,15 +93,16 @@ def check_run_folder(config: Config) -> Path:
     if config.output is None:
         raise UserError("Where should the run go? Give --output FOLDER.")
     folder = Path(config.output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another --output.")
-    written = folder / "config.json"
-    if written.exists():
-        _refuse_other_settings(written, config)
-    elif strangers := sorted(p.name for p in folder.glob("*")):
-        raise UserError(
-            f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
-        )
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; choose another --output.")
+        written = folder / "config.json"
+        if written.exists():
+            _refuse_other_settings(written, config)
+        elif strangers := sorted(p.name for p in folder.glob("*")):
+            raise UserError(
+                f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
+            )
     return folder
 
 
@@ -115,8 +132,8 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"{written} is damaged; remove its folder and start anew.")
-    before = flatten(settings)
-    now = flatten(json.loads(json.dumps(to_dict(config))))
+    before = _comparable(settings)
+    now = _comparable(json.loads(json.dumps(to_dict(config))))
     differing = sorted(
         key
         for key in before.keys() | now.keys()
@@ -131,15 +148,11 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
         )
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: str(Path(value).resolve()) if key in _PATHS and isinstance(value, str) else value
+        for key, value in flatten(settings).items()
+    }
 
 
 def write_json(path: Path, values: Any) -> None:

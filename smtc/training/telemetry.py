@@ -86,7 +86,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except ValueError:
             break
+        if not isinstance(values, dict) or "step" not in values:
+            break
+        lines.append(values)
     return lines

@@ -123,7 +123,6 @@ class Trainer:
         if state is None:
             return
         self.method.load_state_dict(state["method"])
-        # The moments belong to the phase of the last step that was done.
         self.step = state["step"]
         self._enter_phase()
         load_optimizer_state(self.optimizer, state["optimizer"])

@@ -14,7 +14,10 @@ from PIL import Image
 from smtc.errors import UserError
 from smtc.evaluation import baselines, discovery, manifest, metrics
 from smtc.evaluation.datasets import open_dataset
+from smtc.inference import predict, segment
 from smtc.model import SMTC
+
+KINDS = ("", "border_", "best_slot_")
 
 
 def boxes(frames=5, size=(64, 96)):
@@ -67,13 +70,17 @@ def test_scores_of_a_video_are_those_of_its_frames():
     assert "instance_ari" not in discovery.score_video(predicted, true)
 
 
-def test_foreground_by_the_border_and_by_the_best_slot():
+def test_foreground_by_instances_by_the_border_and_by_the_best_slot():
     true = np.zeros((4, 20, 24), int)
     true[:, 5:15, 5:15], true[:, 5:15, 18:22] = 1, 2
     predicted = true + 3
     predicted[:, 5:15, 20:22] = 6
-    found = discovery.score_foreground(predicted, true)
-    assert found["j"].tolist() == [1] * 4 and found["f"].tolist() == [1] * 4
+    instances = np.where(predicted == 4, 9, 0)
+    instances[:, 18:] = 5
+    found = discovery.score_foreground(instances, predicted, true)
+    assert found["j"].tolist() == pytest.approx([100 / 188] * 4)
+    assert 0 < found["f"].max() < 1
+    assert found["border_j"].tolist() == [1] * 4 and found["border_f"].tolist() == [1] * 4
     assert found["best_slot_j"].tolist() == pytest.approx([100 / 140] * 4)
     assert 0.5 < found["best_slot_f"].min() < 1
 
@@ -84,15 +91,37 @@ def test_the_best_slot_is_one_for_the_video():
     predicted = np.zeros((3, 8, 8), int)
     predicted[0, 2:] = 1  # perfect once
     predicted[1:, 2:] = 2  # perfect twice
-    assert discovery.score_foreground(predicted, true)["best_slot_j"].tolist() == [0, 1, 1]
+    assert best_j(predicted, true) == [0, 1, 1]
     # Neither the slot that only hits nor the one that covers all is the best.
     predicted = np.where(true > 0, 1, 0)
     predicted[:, 4] = 2
     predicted[:, 1] = 1
-    assert discovery.score_foreground(predicted, true)["best_slot_j"].tolist() == [40 / 56] * 3
-    # Without any object no slot helps, whichever is taken.
-    empty = discovery.score_foreground(predicted, np.zeros_like(true))
-    assert empty["best_slot_j"].max() <= 1
+    assert best_j(predicted, true) == [40 / 56] * 3
+    # A slot that is rightly empty in two frames beats one that is right in the other.
+    true, predicted = np.zeros((2, 3, 8, 8), int)
+    true[0, :4] = 1
+    predicted[0, :2] = 1
+    predicted[:, 4:] = 2
+    predicted[0, 2:4] = 2
+    assert best_j(predicted, true) == [0.5, 1, 1]
+    # The same for a label that comes after all others of the frame.
+    assert best_j(np.where(predicted == 1, 3, predicted), true) == [0.5, 1, 1]
+
+
+def best_j(predicted, true):
+    return discovery.score_foreground(true, predicted, true)["best_slot_j"].tolist()
+
+
+def test_the_foreground_of_davis_is_that_of_segment(world):
+    # Red is no valid instance, so only green is left, though semantics see both.
+    model = ColourModel(scores=((1, 1), (0.4, 0.4), (1, 1)), resolution=(64, 96))
+    video = open_dataset("davis2016", world)[0]
+    frames, truth = video.load()
+    scores = discovery.PROTOCOLS["davis2016"].score(predict(model, frames), video, truth)
+    segmented = segment(model, frames).masks > 0
+    assert scores["j"].tolist() == metrics.region_similarity(segmented, truth > 0).tolist()
+    assert scores["f"].tolist() == metrics.boundary_f(segmented, truth > 0).tolist()
+    assert scores["j"].max() < 0.6 < 0.9 < scores["border_j"].min()
 
 
 def test_averages_pool_frames_and_drop_a_sequences_ends():
@@ -128,18 +157,21 @@ def test_the_folder_holds_results_rows_manifest_and_sheet(world, tmp_path):
     results = discovery.evaluate_discovery(
         seeing(), "davis2016", world, out, checkpoint=weights, seed=3, device="cpu"
     )
-    names = ["manifest.json", "results.csv", "results.json", "sheet.png"]
+    names = [".smtc", "manifest.json", "results.csv", "results.json", "sheet.png"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert json.loads((out / "results.json").read_text()) == results
     assert results["j_frames"] > 0.9 and results["best_slot_j_sequences"] < 0.6
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["video"] for row in rows] == ["first", "second"]
+    kinds = [f"{kind}{s}_{a}" for a in ("frames", "sequences") for kind in KINDS for s in "jf"]
+    assert list(rows[0]) == ["video", "frames", *kinds, "j_recall", "j_decay"]
     assert float(rows[0]["j_frames"]) == results["per_video"][0]["j_frames"]
     told = json.loads((out / "manifest.json").read_text())
     assert told["protocol"] == "discovery davis2016"
     assert told["switches"]["size"] == [64, 96] and told["switches"]["iterations"] == 3
     assert "bilinear" in told["switches"]["mask_interpolation"]
+    assert told["switches"]["foreground"] == "union of valid instances"
     assert told["data"]["files"] == 16 and told["seed"] == 3
     assert told["checkpoint"]["sha256"].startswith("2d711642b726b044")  # SHA-256 of "x"
     assert told["versions"]["torch"] == torch.__version__

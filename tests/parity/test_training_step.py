@@ -161,3 +161,12 @@ def test_the_instance_loss_waits_for_its_step() -> None:
     )
     before, after = (method.training_step(batch, step) for step in (4, 5))
     assert before["instance"] == 0 and after["instance"] != 0
+
+
+def test_active_negatives_are_told_for_the_margin_alone() -> None:
+    scalars = {}
+    for preset in ("paper", "fixed"):
+        _, method, batch = build(preset)
+        scalars[preset] = method.training_step(batch, step=0)
+    assert 0 <= scalars["paper"]["active_negatives"] <= 1
+    assert "active_negatives" not in scalars["fixed"]

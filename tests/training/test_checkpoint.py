@@ -118,6 +118,16 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: bytes) -> 
     assert "\n" not in str(refusal.value)
 
 
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2).write_bytes(b"half a file")
+    loaded = latest_checkpoint(tmp_path)
+    assert loaded is not None and loaded["step"] == 1
+    assert "step_00000002.pt" in caplog.text
+
+
 def open_run_folder(config: Config) -> Path:
     """As `train` does."""
     folder = check_run_folder(config)
