@@ -174,14 +174,14 @@ def apply_view(
 def prepare_frames(
     frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
     size: tuple[int, int],
-    resize: Resize = "squash",
     *,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
 ) -> torch.Tensor:
     """Frames without augmentation, as evaluation and inference want them.
 
-    RGB uint8 `[T,h,w,3]` to float32 `[T,3,H,W]`, resized like the views of training and normalised.
+    RGB uint8 `[T,h,w,3]` to float32 `[T,3,H,W]`, normalised. The whole frame is squashed, whatever
+    training did, so that masks cover all of it.
     """
     plain = ViewParameters()
-    return torch.from_numpy(apply_view(frames, plain, size, resize=resize, mean=mean, std=std))
+    return torch.from_numpy(apply_view(frames, plain, size, mean=mean, std=std))

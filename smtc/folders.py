@@ -8,23 +8,39 @@ from pathlib import Path
 
 from smtc.errors import UserError
 
+MARKER = ".smtc"
+"""A file in every folder that a later run may replace; its one line says what wrote the folder."""
+
 
 @contextmanager
-def whole_folder(target: str | Path, holds: Collection[str]) -> Iterator[Path]:
+def whole_folder(
+    target: str | Path, holds: Collection[str], *, writer: str | None = None
+) -> Iterator[Path]:
     """A new folder beside `target` to write into, which takes its place when the block ends well.
 
-    `holds` names all that such a folder may contain: an earlier one is replaced, a folder with
-    anything else is refused before the block runs. Raises `UserError` when `target` is refused or
-    cannot be written.
+    With a `writer` ("smtc segment") the folder gets a marker, which lets a later call replace it.
+    A folder that is neither empty nor marked is refused before the block runs, and so is a marked
+    one with anything but the marker and the names that it `holds`. A link is followed: it stays,
+    and its target is replaced. What a killed run left is removed, so two runs must not write to one
+    folder at a time. Raises `UserError` when `target` is refused or cannot be written.
     """
-    target = Path(target).absolute()
-    _refuse_others(target, holds)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    target = Path(os.path.realpath(target))
+    if not target.name:
+        raise UserError(f"{target} is the root of the file system; choose another output folder.")
+    partial = target.with_name(f".{target.name}.smtc-partial")
+    former = target.with_name(f".{target.name}.smtc-former")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        if former.exists() and not target.exists():  # killed between two renames
+            former.rename(target)
+        _refuse_others(target, holds)
+        for leftover in (partial, former):
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
+        if writer is not None:
+            line = f"Written by {writer}, whose next run may replace this folder.\n"
+            (partial / MARKER).write_text(line, encoding="utf-8")
         yield partial
-        _replace(target, partial)
+        _replace(target, partial, former)
     except OSError as error:
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}); choose another output folder."
@@ -34,19 +50,22 @@ def whole_folder(target: str | Path, holds: Collection[str]) -> Iterator[Path]:
 
 
 def _refuse_others(target: Path, holds: Collection[str]) -> None:
-    if target.exists() and not target.is_dir():
+    if not target.exists():
+        return
+    if not target.is_dir():
         raise UserError(f"{target} is a file; choose another output folder.")
-    strangers = sorted(set(os.listdir(target)) - set(holds)) if target.exists() else []
+    present = set(os.listdir(target))
+    # A name that we use too, such as masks, does not make a folder ours.
+    strangers = sorted(present - {MARKER, *holds} if MARKER in present else present)
     if strangers:
         raise UserError(f"{target} already holds {strangers[0]!r}; choose another output folder.")
 
 
-def _replace(target: Path, partial: Path) -> None:
+def _replace(target: Path, partial: Path, former: Path) -> None:
     """Rename `partial` to `target`; what was there is back in its place if that fails."""
     if not target.exists():
         partial.rename(target)
         return
-    former = partial.with_name(partial.name + "-former")
     target.rename(former)
     try:
         partial.rename(target)

@@ -127,8 +127,8 @@ def segment(
         batch: windows of four frames that the model sees at once.
 
     Raises:
-        UserError: for no frames, frames that are not RGB uint8 of one size, an unknown preset, or a
-            model with more instance slots than a mask file has ids.
+        UserError: for no frames, frames that are not RGB uint8 of one size, an unknown preset, a
+            batch below 1, or a model with more instance slots than a mask file has ids.
     """
     settings = _settings(preset)
     _check_frames(frames)
@@ -152,14 +152,24 @@ def _settings(preset: str | InferenceSettings) -> InferenceSettings:
     return PRESETS[preset]
 
 
-def _check_frames(frames: Pixels | Sequence[Pixels]) -> None:
+def _check_frames(frames: Any) -> None:
+    array = isinstance(frames, np.ndarray) and frames.ndim > 0
+    if not array and (not isinstance(frames, Sequence) or isinstance(frames, str | bytes)):
+        raise UserError(
+            f"The frames are a {type(frames).__name__}; give an array [F,h,w,3] or a list."
+        )
     if len(frames) == 0:
         raise UserError("There are no frames to segment.")
     for index, frame in enumerate(frames):
-        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+        if not isinstance(frame, np.ndarray):
+            raise UserError(
+                f"Frame {index} is a {type(frame).__name__}; frames must be NumPy arrays [h,w,3]."
+            )
+        rgb = frame.ndim == 3 and frame.shape[2] == 3 and frame.size > 0
+        if not rgb or frame.dtype != np.uint8:
             raise UserError(
                 f"Frame {index} is {frame.dtype} {list(frame.shape)}; "
-                "frames must be RGB uint8 [h,w,3]."
+                "frames must be RGB uint8 [h,w,3], of one pixel at least."
             )
         if frame.shape != frames[0].shape:
             raise UserError(
@@ -178,8 +188,11 @@ def predict(
     """Run the model over windows of four consecutive frames.
 
     The last window is filled up with the video's last frame. `frames` (RGB uint8 `[h,w,3]`) may be
-    a generator: only one batch of windows is held at a time.
+    a generator: only one batch of windows is held at a time. Raises `UserError` for no frames and
+    for a `batch` below 1.
     """
+    if not isinstance(batch, int) or batch < 1:
+        raise UserError(f"batch is {batch}; give a whole number of windows, 1 or more.")
     iterator = iter(frames)
     parts = []
     with evaluating(model):
@@ -306,10 +319,17 @@ def write_segmentation(
     """Write `masks/<name>/00000.png` …, `scores.json` and `overlay.mp4` and return the folder.
 
     `frames` and `segmentation` (a `Segmentation`, or a generator) run in parallel and may be lazy.
-    Raises `UserError` when the folder cannot be written or holds something other than an earlier
-    result; nothing half-written stays.
+    An earlier result for the same name is replaced. Raises `UserError` when the folder cannot be
+    written or holds anything else, masks of another video too; nothing half-written stays.
     """
-    with whole_folder(output, ("masks", "scores.json", "overlay.mp4")) as folder:
+    holds = ("masks", "scores.json", "overlay.mp4")
+    with whole_folder(output, holds, writer="smtc segment") as folder:
+        others = sorted({path.name for path in Path(output, "masks").glob("*")} - {name})
+        if others:
+            raise UserError(
+                f"{output} already holds masks of {others[0]!r}, not of {name!r}; "
+                "choose another output folder."
+            )
         masks = folder / "masks" / name
         masks.mkdir(parents=True)
         scores = []

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def load_model(path: str | Path, **overrides: Any) -> SMTC:
     gets the model settings of the preset `official_v2`. `overrides` are fields of `ModelConfig`.
     Raises `UserError` where the file or an override does not fit.
     """
-    source = read_source(path)
+    source = _read(path)
     if not source.is_smtc:
         raise UserError(
             f"{source.file} holds an encoder only ({source.kind}); train SMTC on it "
@@ -70,6 +71,21 @@ def load_model(path: str | Path, **overrides: Any) -> SMTC:
     model = SMTC(_override(config, overrides))
     load_into(model, source.tensors, source.file)
     return model.eval()
+
+
+def _read(path: str | Path) -> Source:
+    """`read_source`, but a checkpoint that training resumes from is called by its name."""
+    try:
+        return read_source(path)
+    except UserError as error:
+        file = Path(path)
+        resumes = file.parent.name == "checkpoints" and file.match("step_*.pt")
+        if not resumes or not file.exists():
+            raise
+        raise UserError(
+            f"{file} is what training resumes from, not a model; "
+            f"name the run folder {file.parent.parent} instead."
+        ) from error
 
 
 def load_into(model: nn.Module, state: Mapping[str, Any], where: str | Path) -> None:
@@ -87,7 +103,7 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> Report:
     The neck and the ResNet's projection stay as they are where the file has none; everything else
     of the encoder must be there. What is no part of the encoder is left out and reported.
     """
-    source = read_source(path)
+    source = _read(path)
     source = source.without(lambda name: not name.startswith("encoder."), "not the encoder")
     if encoder.config.position_embedding == "none":
         source = source.without(lambda n: n == "encoder.pos_embed", "position_embedding is none")
@@ -104,7 +120,7 @@ def load_init(model: SMTC, path: str | Path) -> Report:
     The file must hold the whole encoder, neck included, and of the rest all or nothing. Only the
     ResNet's projection may be missing alone, since a converted MoCo file has none.
     """
-    source = read_source(path)
+    source = _read(path)
     if not source.ours:
         raise UserError(
             f"{source.file} is no file of ours, which --init expects; turn it into one with "
@@ -193,7 +209,7 @@ def convert(path: str | Path, folder: str | Path) -> Report:
     DINO and MoCo give an encoder alone, for `--init` and `--model.backbone.weights`; the authors'
     file gives a whole model. Architecture and patch are read from the shapes.
     """
-    source = read_source(path)
+    source = _read(path)
     if source.ours:
         raise UserError(f"{source.file} is in our format already; use it as it is.")
     settings: dict[str, Any]
@@ -264,6 +280,8 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], settings: dict[str, Any]
     try:
         safetensors.torch.save_file(held, partials[0])
         partials[1].write_text(text, encoding="utf-8")
+        # safetensors makes files that their owner alone may read.
+        partials[0].chmod(stat.S_IMODE(partials[1].stat().st_mode))
         for partial, target in zip(partials, targets, strict=True):
             os.replace(partial, target)
     except (OSError, SafetensorError) as error:

@@ -267,7 +267,7 @@ def test_train_then_segment_then_evaluate(
     told = cli(*command, "--checkpoint", run, "--device", "cpu")
     assert told.code == 0
     names = sorted(path.name for path in scores.iterdir())
-    assert names == ["manifest.json", "results.csv", "results.json", "sheet.png"]
+    assert names == [".smtc", "manifest.json", "results.csv", "results.json", "sheet.png"]
     results = json.loads((scores / "results.json").read_text(encoding="utf-8"))
     assert {"ari", "fg_iou", "miou", "fg_ari"} <= results.keys()
     shown = [float(number) for number in re.findall(r"-?\d+\.\d+", told.out)]

@@ -1,6 +1,7 @@
 import os
 import signal
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -101,29 +102,41 @@ def test_a_link_stays_and_its_target_is_replaced(tmp_path, present):
     assert names(tmp_path) == ["disk", "link"] and names(tmp_path / "disk") == ["real"]
 
 
-def killed(target, moment):
-    """A process that is killed while it writes to `target`, or between its two renames."""
-    if os.fork():
-        os.wait()
-        return
-    if moment == "renaming":
-        rename = Path.rename
-        Path.rename = lambda path, to: (rename(path, to), os.kill(os.getpid(), signal.SIGKILL))
-    with whole_folder(target, HOLDS, writer=WRITER) as folder:
-        (folder / "a.txt").write_text("half")
-        if moment == "writing":
-            os.kill(os.getpid(), signal.SIGKILL)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from smtc.folders import whole_folder
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename = Path.rename
+Path.rename = lambda path, to: die(rename(path, to))
+with whole_folder(sys.argv[1], ("a.txt", "b.txt"), writer="smtc test") as folder:
+    (folder / "a.txt").write_text("half")
+    if sys.argv[2] == "writing":
+        die()
+"""
 
 
 @pytest.mark.parametrize("moment", ["writing", "renaming"])
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path, moment):
     target = tmp_path / "out"
     earlier(target)
-    killed(target, moment)
+    command = [sys.executable, "-c", KILLED, str(target), moment]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2
     with pytest.raises(RuntimeError), whole_folder(target, HOLDS):
         raise RuntimeError
     assert (target / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_next_run_removes_what_was_already_replaced(tmp_path):
+    target = tmp_path / "out"
+    earlier(target)
+    earlier(tmp_path / ".out.smtc-former")
+    earlier(target)
     assert names(tmp_path) == ["out"]
 
 

@@ -210,7 +210,8 @@ def test_a_saved_model_has_the_mode_of_an_ordinary_file(tmp_path: Path) -> None:
 
 def test_what_training_resumes_from_is_no_model(tmp_path: Path) -> None:
     model = SMTC(SMALL)
-    file = save_checkpoint(tmp_path / "run", 7, {"method": model.state_dict(), "step": 7})
+    (tmp_path / "run").mkdir()
+    file = save_checkpoint(tmp_path / "run", 7, {"method": model.state_dict()})
     sentence = r"step_00000007.pt is what training resumes from.* name the run folder .*run instead"
     for load in (load_model, lambda path: load_init(model, path)):
         with pytest.raises(UserError, match=sentence):

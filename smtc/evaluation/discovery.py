@@ -53,33 +53,35 @@ def score_video(semantic: Labels, true: Labels, instance: Labels | None = None) 
     return scores
 
 
-def score_foreground(semantic: Labels, true: Labels) -> FrameScores:
-    """J and F of two foregrounds against the union of a video's objects, frame by frame.
+def score_foreground(instances: Labels, semantic: Labels, true: Labels) -> FrameScores:
+    """J and F of three foregrounds against the union of a video's objects, frame by frame.
 
-    `j`, `f`: all but the region that holds most border pixels of the frame, a guess without labels.
+    `j`, `f`: the union of the predicted instances (ids, 0 is background).
+    `border_j`, `border_f`: all but the semantic region that holds most border pixels of the frame.
     `best_slot_j`, `best_slot_f`: the one region with the best mean J over the video, which only
     labels can tell.
     Args: label maps `[F,h,w]`.
     """
     objects = np.asarray(true) > 0
-    guess = np.stack([metrics.foreground(labels) for labels in semantic])
-    best = semantic == _best_slot(semantic, objects)
-    return {
-        "j": metrics.region_similarity(guess, objects),
-        "f": metrics.boundary_f(guess, objects),
-        "best_slot_j": metrics.region_similarity(best, objects),
-        "best_slot_f": metrics.boundary_f(best, objects),
+    foregrounds = {
+        "": np.asarray(instances) > 0,
+        "border_": np.stack([metrics.foreground(labels) for labels in semantic]),
+        "best_slot_": semantic == _best_slot(semantic, objects),
     }
+    scores = {}
+    for name, predicted in foregrounds.items():
+        scores[name + "j"] = metrics.region_similarity(predicted, objects)
+        scores[name + "f"] = metrics.boundary_f(predicted, objects)
+    return scores
 
 
 def _best_slot(semantic: Labels, objects: NDArray[np.bool_]) -> int:
-    """The label with the greatest J, averaged over frames."""
+    """The label with the greatest J, averaged over frames; J is 1 where both are empty."""
     summed = np.zeros(int(semantic.max()) + 1)
     for labels, mask in zip(semantic, objects, strict=True):
-        table = metrics.contingency(labels, mask)
-        inside = table[:, 1] if table.shape[1] > 1 else np.zeros(len(table))
-        union = table.sum(1) + np.count_nonzero(mask) - inside
-        summed[: len(table)] += inside / np.maximum(union, 1)
+        inside = np.bincount(labels[mask], minlength=len(summed))
+        union = np.bincount(labels.ravel(), minlength=len(summed)) + mask.sum() - inside
+        summed += np.where(union > 0, inside / np.maximum(union, 1), 1)
     return int(summed.argmax())
 
 
@@ -125,8 +127,10 @@ def _score_synthetic(prediction: Prediction, video: EvaluationVideo, true: Pixel
 
 
 def _score_davis(prediction: Prediction, video: EvaluationVideo, true: Pixels) -> FrameScores:
-    semantic = label_frames(prediction.semantic[video.annotated], true.shape[1:])
-    return score_foreground(semantic, true)
+    size = true.shape[1:]
+    found = [render(prediction, index, size, PRESETS["ours"]) for index in video.annotated]
+    instances = np.stack([frame.mask for frame in found])
+    return score_foreground(instances, np.stack([frame.semantic for frame in found]), true)
 
 
 @dataclass(frozen=True)
@@ -139,11 +143,18 @@ class Protocol:
     """Of all videos."""
     video: Callable[[FrameScores], dict[str, float]]
     """One video's row."""
+    foreground: str
+    """What counts as foreground, for the manifest."""
 
 
 PROTOCOLS = {
-    "synthetic": Protocol(_score_synthetic, mean_row, lambda scores: mean_row([scores])),
-    "davis2016": Protocol(_score_davis, davis_row, _davis_video_row),
+    "synthetic": Protocol(
+        _score_synthetic,
+        mean_row,
+        lambda scores: mean_row([scores]),
+        "all but the semantic region with most border pixels",
+    ),
+    "davis2016": Protocol(_score_davis, davis_row, _davis_video_row, "union of valid instances"),
 }
 
 
@@ -183,7 +194,7 @@ def evaluate_discovery(
     protocol, settings = PROTOCOLS[dataset], PRESETS["ours"]
     if device is not None:
         model = model.to(device)
-    with whole_folder(output, _FILES) as folder:
+    with whole_folder(output, _FILES, writer="smtc evaluate discovery") as folder:
         shown = _spread(len(videos), _SHOWN)
         scores, samples = [], []
         for index, video in enumerate(track(videos, title=f"evaluate {dataset}", unit="video")):
@@ -197,7 +208,7 @@ def evaluate_discovery(
         )
         manifest = build_manifest(
             protocol=f"discovery {dataset}",
-            switches=_switches(model, settings),
+            switches=_switches(model, settings) | {"foreground": protocol.foreground},
             root=root,
             files=[path for video in videos for path in video.files],
             model=model,

@@ -231,9 +231,9 @@ def test_frames_of_several_sizes_make_one_clip() -> None:
 
 def test_frames_for_evaluation() -> None:
     frames = picture(20, 40)
-    got = prepare_frames(frames, (16, 16), "crop")
+    got = prepare_frames(frames, (16, 16))
     assert (got.shape, got.dtype) == ((3, 3, 16, 16), torch.float32)
-    plain = apply_view(frames, ViewParameters(), (16, 16), resize="crop")
+    plain = apply_view(frames, ViewParameters(), (16, 16))
     np.testing.assert_array_equal(got.numpy(), plain)
     halves = prepare_frames(frames, (20, 40), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     np.testing.assert_allclose(halves.numpy(), frames.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-5)
