@@ -17,7 +17,7 @@ setup:  ## make .venv and install the package with all extras and the developers
 .venv/ready: setup.py constraints.txt
 	@$(MAKE) --no-print-directory setup
 
-train: .venv/ready  ## learn on synthetic videos and show the result (about 5 minutes on two CPU cores)
+train: .venv/ready  ## learn on synthetic videos and show the result (a few minutes on two CPU cores)
 	$(BIN)/smtc data synthesize $(DATA)/train
 	$(BIN)/smtc data synthesize $(DATA)/val --videos 30 --seed 1000
 	$(BIN)/smtc train --preset tiny_encoder --output runs/tiny_encoder
