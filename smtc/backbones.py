@@ -3,6 +3,7 @@
 Letters: B frames, L = h·w tokens in row-major order, D features a token.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class Neck(nn.Module):
         self.fc1.bias.sub_(norm.running_mean).mul_(scale).add_(norm.bias)
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """What every encoder offers: `config`, `width` (D), `patch` (pixels a token), `neck` (or None).
 
     Subclasses compute `features`; `forward` puts the neck behind them.
@@ -80,9 +81,9 @@ class Encoder(nn.Module):
         self.patch = config.patch
         self.neck = Neck(width, config.neck) if config.neck else None
 
+    @abstractmethod
     def features(self, frames: Tensor) -> Tensor:
         """Features before the neck: frames `[B,3,H,W]`, normalised, to `[B,L,D]`."""
-        raise NotImplementedError
 
     def forward(self, frames: Tensor) -> Tensor:
         """Frames `[B,3,H,W]`, floating point and normalised, to features `[B,L,D]`, row by row.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from smtc.config import Config
 from smtc.keyed_random import keyed_normal, keyed_other_frame
 from smtc.model import SMTC, Output
-from smtc.objectives import alignment_targets, smtc_losses, warp_to_student
+from smtc.objectives import smtc_losses
 from smtc.pipelines.batch import Batch
 from smtc.teacher import Teacher
 from smtc.weights import load_encoder_weights, load_init, save_model
@@ -94,7 +94,7 @@ class SMTCMethod(Method):
         """One forward pass of student (first view) and teacher (second view) and the losses between
         them.
         """
-        model, objective = self.config.model, self.config.objective
+        objective = self.config.objective
         student_view, teacher_view = batch.views.unbind(dim=1)
         reference = self._references(batch.index, student_view.shape[1])
         student: Output = self.student(
@@ -103,26 +103,13 @@ class SMTCMethod(Method):
         teacher: Output = self.teacher(
             teacher_view, self._noise(batch, TEACHER_NOISE_STREAM), reference
         )
-        targets = None
-        if batch.spatial is not None:
-            targets = alignment_targets(
-                teacher.semantic_logits,
-                teacher.features,
-                epsilon=objective.epsilon,
-                iterations=objective.iterations,
-                marginals=objective.marginals,
-                cost=objective.cost,
-                sharpening=objective.teacher_sharpening,
-                impl=model.impl,
-            )
-            targets = warp_to_student(targets, batch.spatial, teacher.grid)
         losses = smtc_losses(
             student,
             teacher,
             objective,
+            spatial=batch.spatial,
             with_instances=step >= objective.instance_from_step,
-            targets=targets,
-            impl=model.impl,
+            impl=self.config.model.impl,
         )
         return {name: value for name, value in losses._asdict().items() if value is not None}
 

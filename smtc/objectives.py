@@ -183,26 +183,27 @@ def smtc_losses(
     teacher: Output,
     config: ObjectiveConfig,
     *,
+    spatial: Tensor | None = None,
     with_instances: bool = True,
-    targets: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Losses:
     """All of Eq. 13 from the two outputs; one read of the student's logits serves both mask losses.
 
-    `targets [B,T,N,L]` replaces the alignment targets where they were already made (warped, say).
-    `with_instances=False` leaves the instance loss out of the sum (and at 0).
+    `spatial [B,2,5]` tells how the two views were cropped where they differ (see
+    `warp_to_student`). `with_instances=False` leaves the instance loss out of the sum (and at 0).
     """
-    if targets is None:
-        targets = alignment_targets(
-            teacher.semantic_logits,
-            teacher.features,
-            epsilon=config.epsilon,
-            iterations=config.iterations,
-            marginals=config.marginals,
-            cost=config.cost,
-            sharpening=config.teacher_sharpening,
-            impl=impl,
-        )
+    targets = alignment_targets(
+        teacher.semantic_logits,
+        teacher.features,
+        epsilon=config.epsilon,
+        iterations=config.iterations,
+        marginals=config.marginals,
+        cost=config.cost,
+        sharpening=config.teacher_sharpening,
+        impl=impl,
+    )
+    if spatial is not None:
+        targets = warp_to_student(targets, spatial, teacher.grid)
     logits = student.semantic_logits
     alignment, regularisation = kernels.mask_losses(logits, targets, delta=MASK_DELTA, impl=impl)
     if config.reduction == "sum":
@@ -210,37 +211,20 @@ def smtc_losses(
         alignment = alignment * (frames * (frames - 1))
     regularisation = _reduce_regularisation(regularisation, logits.shape, config.reduction)
 
-    student_valid, teacher_valid = (
-        valid_instances(
-            output.semantic_logits,
-            output.semantic_slots,
-            output.instance_slots,
-            mask_threshold=config.mask_threshold,
-            area=config.area,
-            similarity=config.similarity,
-        )
-        for output in (student, teacher)
-    )
+    student_valid = _valid(student, config)
     instance, active = torch.zeros_like(alignment), None
-    if with_instances and config.form == "l2_margin":
-        active = kernels.active_negatives(
-            student.embeddings,
-            teacher.embeddings,
-            student_valid,
-            margin=config.margin,
-            impl=impl,
-        )
     if with_instances:
+        compared = student.embeddings, teacher.embeddings, student_valid
         instance = instance_consistency(
-            student.embeddings,
-            teacher.embeddings,
-            student_valid,
-            teacher_valid,
+            *compared,
+            _valid(teacher, config),
             form=config.form,
             margin=config.margin,
             normaliser=config.normaliser,
             impl=impl,
         )
+        if config.form == "l2_margin":
+            active = kernels.active_negatives(*compared, margin=config.margin, impl=impl)
     loss = (
         config.alignment_weight * alignment
         + config.regularisation_weight * regularisation
@@ -248,6 +232,17 @@ def smtc_losses(
     )
     valid_share = student_valid.float().mean()
     return Losses(loss, alignment, regularisation, instance, valid_share, active)
+
+
+def _valid(output: Output, config: ObjectiveConfig) -> Tensor:
+    return valid_instances(
+        output.semantic_logits,
+        output.semantic_slots,
+        output.instance_slots,
+        mask_threshold=config.mask_threshold,
+        area=config.area,
+        similarity=config.similarity,
+    )
 
 
 def warp_to_student(targets: Tensor, spatial: Tensor, grid: tuple[int, int]) -> Tensor:

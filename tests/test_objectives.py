@@ -217,13 +217,3 @@ def test_without_instances_their_loss_is_zero_and_has_no_gradient() -> None:
     assert float(losses.instance) == 0 and student.embeddings.grad is None
     torch.testing.assert_close(losses.loss, losses.alignment + losses.regularisation)
     assert student.semantic_logits.grad.any()
-
-
-def test_given_targets_replace_the_teachers() -> None:
-    student, teacher = output(0), output(1)
-    targets = targets_of(teacher, 1.0)
-    plain = objectives.smtc_losses(student, teacher, ObjectiveConfig())
-    same = objectives.smtc_losses(student, teacher, ObjectiveConfig(), targets=targets)
-    double = objectives.smtc_losses(student, teacher, ObjectiveConfig(), targets=2 * targets)
-    torch.testing.assert_close(same.alignment, plain.alignment)
-    torch.testing.assert_close(double.alignment, 2 * plain.alignment)
