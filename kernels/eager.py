@@ -262,7 +262,7 @@ class _MaskLosses(torch.autograd.Function):
 
 @without_autocast
 def mask_losses(logits: Tensor, targets: Tensor, *, delta: float = 1e-8) -> tuple[Tensor, Tensor]:
-    """Both losses from one softmax, with the gradient of spec section 2."""
+    """Both losses from one softmax, with its gradient written out."""
     return _MaskLosses.apply(*upcast(logits, targets), delta)
 
 

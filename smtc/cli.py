@@ -19,6 +19,7 @@ import tyro
 from smtc import presets
 from smtc.config import Config, from_dict, to_dict
 from smtc.errors import UserError
+from smtc.progress import BesideBars
 
 Settings = TypeVar("Settings")
 
@@ -83,7 +84,7 @@ class _Convert:
 
 def main(argv: list[str] | None = None) -> None:
     """Run one command; exits with 2 after a user's mistake."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[BesideBars()])
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
@@ -162,7 +163,8 @@ def parse_config(arguments: list[str]) -> Config:
     description = (
         "Train on a folder of videos, or go on with the run in the output folder.\n\n"
         f"--preset NAME starts from a preset ({', '.join(presets.PRESETS)}; fixed when not given) "
-        "and --config FILE.toml changes it; the flags below win over both."
+        "and --config FILE.toml changes it; the flags below win over both. "
+        "--data DIR is short for --data.root DIR."
     )
     return _parse(Config, "train", arguments, description=description, default=default)
 

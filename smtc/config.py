@@ -122,7 +122,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The three losses of spec section 2 and their weights."""
+    """The three losses (Eq. 8 to 13 of the paper) and their weights."""
 
     epsilon: float = 0.05
     """Sinkhorn's entropic regularisation."""

@@ -1,4 +1,4 @@
-"""SMTC (spec section 1): frames → features → correlation with a reference frame → semantic and
+"""SMTC: frames → features → correlation with a reference frame → semantic and
 instance slots.
 """
 
@@ -155,12 +155,15 @@ class SMTC(nn.Module):
         return F.normalize(self.mlp_slot(instance_slots).float(), dim=-1)
 
     def _draw_noise(self, batch: int, frames: int, device: torch.device) -> Tensor:
-        shape = frames, self.config.slots, self.config.instances, self.width
+        shape = self.config.slots, self.config.instances, self.width
         if self.training:
-            return torch.randn(batch, *shape, device=device)
-        # The same for every clip, so that a clip's result does not depend on the batch it sits in.
+            return torch.randn(batch, frames, *shape, device=device)
+        # The same for every frame of every clip: a clip's result does not depend on the batch it
+        # sits in, and an instance slot starts alike in all frames, so that its number stays.
         index = torch.zeros(1, dtype=torch.int64, device=device)
-        return keyed_normal(_INFERENCE_NOISE_SEED, index, 0, shape).expand(batch, -1, -1, -1, -1)
+        return keyed_normal(_INFERENCE_NOISE_SEED, index, 0, shape).expand(
+            batch, frames, -1, -1, -1
+        )
 
     def _draw_reference(self, batch: int, frames: int, device: torch.device) -> Tensor:
         """For each frame the frame it is correlated with: int64 `[B,T]`."""

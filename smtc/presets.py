@@ -1,4 +1,4 @@
-"""The named settings of spec section 3: what the paper says, what was released, what we recommend,
+"""The named settings: what the paper says, what was released, what we recommend,
 what is tiny.
 """
 
@@ -126,7 +126,7 @@ def fixed() -> Config:
 
 
 def tiny_encoder() -> Config:
-    """The label-free warm start of `tiny`'s encoder (spec/tiny.md)."""
+    """The label-free warm start of `tiny`'s encoder."""
     return Config(
         method="warm_start",
         model=_tiny_model(),

@@ -1,5 +1,6 @@
 """How everything that can be slow reports progress: a terminal, a notebook and a log file alike."""
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
@@ -7,6 +8,14 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item")
+
+
+class BesideBars(logging.Handler):
+    """Log lines on standard error that stand above a running bar and not in it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def bar(*, total: int | None, title: str, unit: str = "it", initial: int = 0) -> tqdm:

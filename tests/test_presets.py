@@ -1,4 +1,4 @@
-"""The presets hold the values of the table in spec section 3, and every one can be built."""
+"""The presets hold the values of the table below, and every one can be built."""
 
 from dataclasses import replace
 from operator import attrgetter

@@ -178,7 +178,7 @@ def evaluate_discovery(
 
     Args:
         model: an `SMTC`; moved to `device` when one is given.
-        dataset: "synthetic" or "davis2016" (spec/evaluation.md); `root` is its folder.
+        dataset: "synthetic" or "davis2016"; `root` is its folder.
         output: gets `results.json`, `results.csv` (a row a video), `manifest.json` and `sheet.png`
             at once, when all is done; an earlier result there is replaced.
         checkpoint: where the model came from, and `seed`, what it was drawn from: for the manifest

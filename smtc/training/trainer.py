@@ -126,7 +126,10 @@ class Trainer:
         self.step = state["step"]
         self._enter_phase()
         load_optimizer_state(self.optimizer, state["optimizer"])
-        logger.info("Continuing %s at step %d.", self.folder, self.step)
+        if self.step == self.config.train.steps:
+            logger.info("%s is finished; its model is written again.", self.folder)
+        else:
+            logger.info("Continuing %s at step %d.", self.folder, self.step)
 
     def run(self, loader: TorchLoader) -> None:
         """All steps that are left, then the model."""

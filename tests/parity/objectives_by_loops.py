@@ -1,4 +1,4 @@
-"""The objectives of spec/smtc.md, written out with loops over clips, frames, slots and positions.
+"""The objectives, written out with loops over clips, frames, slots and positions.
 
 Plain differentiable torch, meant for float64. `fault` makes one of the known mistakes on purpose,
 so that a test can prove that it would see it.

@@ -1,4 +1,4 @@
-"""The forward pass of spec/smtc.md, written out with loops over clips, frames and slots.
+"""The forward pass, written out with loops over clips, frames and slots.
 
 Nothing here is shared with the package. Everything is plain differentiable torch, meant for
 float64, so that gradients can be compared as well as values. Weights are a dict with the names of
