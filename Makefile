@@ -19,7 +19,7 @@ setup:  ## make .venv and install the package with all extras and the developers
 
 train: .venv/ready  ## learn on synthetic videos and show the result (a few minutes on two CPU cores)
 	$(BIN)/smtc data synthesize $(DATA)/train
-	$(BIN)/smtc data synthesize $(DATA)/val --videos 30 --seed 1000
+	$(BIN)/smtc data synthesize $(DATA)/val --videos 30 --seed 2000
 	$(BIN)/smtc train --preset tiny_encoder --output runs/tiny_encoder
 	$(BIN)/smtc train --preset tiny --init runs/tiny_encoder --output runs/tiny
 	$(BIN)/python -m smtc.benchmarks.learning report runs/tiny --held-out $(DATA)/val

@@ -31,7 +31,7 @@ from smtc.weights import load_init, load_model
 SCORES = ("ari", "fg_iou", "miou", "fg_ari", "instance_ari", "instance_miou")
 LOSSES = ("loss", "alignment", "regularisation", "instance")
 HELD_OUT = Path("data/synthetic/val")
-HELD_OUT_VIDEOS, HELD_OUT_SEED = 30, 1000
+HELD_OUT_VIDEOS, HELD_OUT_SEED = 30, 2000
 
 
 def report(run: tyro.conf.Positional[Path], held_out: Path = HELD_OUT) -> list[Row]:
