@@ -5,7 +5,12 @@ if __name__ != "smtc.kernels":
         f"{__name__!r} is smtc.kernels; run `pip install -e .` and import it from smtc"
     )
 
-from .ops import (
+from .dispatch import register_operators
+
+# Before the public functions: importing a file sets the package's attribute of its name.
+register_operators()
+
+from .ops import (  # noqa: E402
     active_negatives,
     assignment,
     correlation_projection,

@@ -28,10 +28,12 @@ class Arguments:
         if letters[0] == "...":
             leading = range(len(sizes) - len(letters) + 1)
             letters = [*(f"batch{axis}" for axis in leading), *letters[1:]]
-        expected = f"shape {self._described(letters)} with no size 0"
-        if len(sizes) != len(letters) or min(sizes) < 1:
+        expected = f"shape {self._described(letters)} with no size 0 but the batch"
+        if len(sizes) != len(letters):
             self.fail(name, expected, sizes)
         for letter, size in zip(letters, sizes, strict=True):
+            if size < 1 and letter[0] not in "Bb":
+                self.fail(name, expected, sizes)
             if self.sizes.setdefault(letter, size) != size:
                 self.fail(name, expected, sizes)
         if value.dtype not in dtypes:

@@ -1,30 +1,105 @@
 """Which implementation of an operation runs, and saying so."""
 
 import functools
+import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import eager
 
 IMPLEMENTATIONS = ("auto", "eager", "triton")
 
+OLDEST = (8, 0)
+"""The compute capability that the kernels need."""
 
-def implementation(op: str, impl: str) -> Callable[..., Any]:
-    """The function for `op`: an explicit choice never falls back, `auto` is logged once."""
+SMALLEST = {"correlation_projection": 2**20}
+"""Elements of the first tensor below which `auto` stays with plain torch on a GPU. An estimate, not
+yet measured: eager's two matrix products start as fast as one kernel; every other operation starts
+far more kernels in eager, at any size."""
+
+FUSED = ("correlation_projection", "masked_slot_attention")
+"""The files of kernels, each named like its operation."""
+
+# Operations whose kernels are in another one's file.
+FILES = {"active_negatives": "instance_consistency"}
+
+
+# The kernels' functions by operation, filled when the package is imported: nothing has to be imported
+# while torch.compile traces a call.
+_fused: dict[str, Callable[..., Any]] = {}
+
+
+def register_operators() -> None:
+    """Import the kernels' files where Triton is installed, so that torch knows `torch.ops.smtc`."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    for name in FUSED:
+        # By path: the package's attribute of that name is the public function.
+        module = importlib.import_module(f"smtc.kernels.{name}")
+        for op in (name, *(other for other, file in FILES.items() if file == name)):
+            _fused[op] = getattr(module, op)
+
+
+def implementation(op: str, impl: str, *tensors: Tensor | None) -> Callable[..., Any]:
+    """The function for `op` on `tensors`: an explicit choice never falls back, `auto` is logged."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    given = [tensor for tensor in tensors if tensor is not None]
     if impl == "triton":
-        raise ValueError(
-            f'{op}: impl: this version has no Triton implementation; use "eager" or "auto"'
-        )
-    if impl == "auto" and not torch.compiler.is_compiling():
-        _announce()
-    return getattr(eager, op)
+        reason = _obstacle(given)
+        if reason is not None:
+            raise ValueError(f'{op}: impl: "triton" {reason}; use "eager" or "auto"')
+        return _fused[op]
+    if impl == "auto":
+        chosen = _chosen(op, given)
+        if not torch.compiler.is_compiling():
+            _announce(chosen, given[0].device.type)
+        if chosen == "triton":
+            return _fused[op]
+    function: Callable[..., Any] = getattr(eager, op)
+    return function
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the kernels cannot run on `device`: "needs …", or None where they can."""
+    if not _fused:
+        return "needs Triton, which is not installed (pip install triton)"
+    if device.type == "cuda":
+        # A compiler would have to trace the question; a GPU that is too old then fails in Triton.
+        if not torch.compiler.is_compiling() and _capability(device) < OLDEST:
+            return f"needs a GPU of compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+        return None
+    from .launching import INTERPRETED, is_recording
+
+    if (device.type == "cpu" and INTERPRETED) or (device.type == "meta" and is_recording()):
+        return None
+    return f"needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1), got {device.type}"
+
+
+def _obstacle(tensors: list[Tensor]) -> str | None:
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "computes in float32, and an input is float64"
+    return obstacle(tensors[0].device)
 
 
 @functools.cache
-def _announce() -> None:
-    logging.getLogger("smtc").info("operations: impl=auto runs plain torch (eager) here")
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _chosen(op: str, tensors: list[Tensor]) -> str:
+    """What "auto" runs: the kernels on a GPU, where they pay; the interpreter is never chosen."""
+    if tensors[0].device.type != "cuda" or _obstacle(tensors) is not None:
+        return "eager"
+    return "triton" if tensors[0].numel() >= SMALLEST.get(op, 0) else "eager"
+
+
+@functools.cache
+def _announce(chosen: str, device: str) -> None:
+    what = "plain torch (eager)" if chosen == "eager" else "the Triton kernels"
+    logging.getLogger("smtc").info("operations: impl=auto runs %s on %s", what, device)

@@ -153,6 +153,8 @@ def sinkhorn(
     iterations: int,
 ) -> Tensor:
     """Log domain, with an analytic gradient."""
+    if column_marginal is row_marginal:
+        column_marginal = column_marginal.clone()  # the compiler refuses one tensor given twice
     return _Sinkhorn.apply(*upcast(cost, row_marginal, column_marginal), epsilon, iterations)
 
 
@@ -234,8 +236,8 @@ class _MaskLosses(torch.autograd.Function):
         log_masks = (masks + delta).log_() if delta > 0 else torch.log_softmax(logits, dim=2)
         ctx.save_for_backward(masks, targets)
         ctx.delta = delta
-        ctx.pairs = clips * max(frames * (frames - 1), 1)
-        ctx.slot_pairs = clips * frames * max(slots * (slots - 1), 1)
+        ctx.pairs = max(clips, 1) * max(frames * (frames - 1), 1)
+        ctx.slot_pairs = max(clips, 1) * frames * max(slots * (slots - 1), 1)
         unit = functional.normalize(masks, dim=-1)
         cosines = unit @ unit.mT  # [B,T,N,N]
         alignment = -(log_masks.mul_(targets)).sum() / ctx.pairs
@@ -371,7 +373,7 @@ def instance_consistency(
     if form == "l2_margin":
         distance, matched = _distances(student, teacher)
         term = torch.where(matched, distance * partner_valid, torch.relu(margin - distance))
-        return (term * _other_frames(student_valid)).sum() / len(student)
+        return (term * _other_frames(student_valid)).sum() / max(len(student), 1)
 
     similarity = _by_frames(_instance_pairs(student) @ _instance_pairs(teacher).mT, frames)
     matched = _matched(similarity)
@@ -382,7 +384,7 @@ def instance_consistency(
     count = frames * student_valid.flatten(1).sum(1).to(total.dtype)
     if normaliser == "batch":
         return total.sum() / (count.sum() + 1e-10)
-    return (total / count.clamp_min(1)).mean()
+    return (total / count.clamp_min(1)).sum() / max(len(student), 1)
 
 
 @without_autocast

@@ -3,10 +3,12 @@
 Letters: B clips or frames, T frames a clip, L and M positions (rows of the grid one after another),
 D and E widths, N semantic slots, G groups, P slots a group. Tensors are float64, float32, bfloat16
 or float16 unless said; an operation computes in float32, in float64 where an input is, whatever
-autocast says. A wrong argument is a `ValueError` that names it, what was expected and what came.
+autocast says. A batch of 0 gives empty results and losses of 0. A wrong argument is a `ValueError`
+that names it, what was expected and what came.
 
-`impl` chooses the implementation: "eager" is plain torch, "triton" the fused kernels (none in this
-version: a `ValueError`), "auto" goes by device and says so once in the log "smtc".
+`impl` chooses the implementation: "eager" is plain torch; "triton" the fused kernels, which need a
+CUDA device (or TRITON_INTERPRET=1) and no float64, else a `ValueError`; "auto" the kernels where
+they can run and pay, else eager, and says so once in the log "smtc".
 """
 
 from typing import Literal
@@ -59,11 +61,13 @@ def correlation_projection(
         arguments.tensor("bias", bias, "E")
     if index is not None:
         arguments.tensor("index", index, "B", [torch.int64])
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if len(index) and index.device.type == "cpu" and not torch.compiler.is_compiling():
             least, most = int(index.min()), int(index.max())
             if least < 0 or most >= len(reference):
                 arguments.fail("index", f"values in 0…{len(reference) - 1}", f"{least}…{most}")
-    return implementation(op, impl)(query, reference, weight, bias, index=index)
+    return implementation(op, impl, query, reference, weight, bias)(
+        query, reference, weight, bias, index=index
+    )
 
 
 def masked_slot_attention(
@@ -115,7 +119,7 @@ def masked_slot_attention(
         arguments.tensor("logit_bias", logit_bias, "B G P")
     arguments.number("scale", scale)
     arguments.number("epsilon", epsilon, above=0)
-    return implementation(op, impl)(
+    return implementation(op, impl, queries, keys, values, mask, logit_bias)(
         queries,
         keys,
         values,
@@ -160,7 +164,7 @@ def sinkhorn(
     arguments.tensor("column_marginal", column_marginal, "B M")
     arguments.number("epsilon", epsilon, above=0)
     arguments.count("iterations", iterations)
-    return implementation(op, impl)(
+    return implementation(op, impl, cost, row_marginal, column_marginal)(
         cost, row_marginal, column_marginal, epsilon=epsilon, iterations=iterations
     )
 
@@ -201,7 +205,7 @@ def transport_alignment(
     arguments.count("iterations", iterations)
     arguments.choice("marginals", marginals, ("uniform", "l1"))
     arguments.choice("cost", cost, ("cosine", "dot"))
-    return implementation(op, impl)(
+    return implementation(op, impl, features, masks)(
         features, masks, epsilon=epsilon, iterations=iterations, marginals=marginals, cost=cost
     )
 
@@ -229,7 +233,7 @@ def mask_losses(
     arguments.tensor("logits", logits, "B T N L")
     arguments.tensor("targets", targets, "B T N L")
     arguments.not_negative("delta", delta)
-    return implementation(op, impl)(logits, targets.detach(), delta=delta)
+    return implementation(op, impl, logits, targets)(logits, targets.detach(), delta=delta)
 
 
 def assignment(cost: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -248,7 +252,7 @@ def assignment(cost: Tensor, *, impl: Impl = "auto") -> Tensor:
     arguments = Arguments(op)
     arguments.tensor("cost", cost, "... P P")
     arguments.at_most("cost", "P", MOST_MATCHED)
-    return implementation(op, impl)(cost.detach())
+    return implementation(op, impl, cost)(cost.detach())
 
 
 def instance_consistency(
@@ -296,7 +300,7 @@ def instance_consistency(
     arguments.choice("form", form, ("cosine", "l2_margin"))
     arguments.number("margin", margin)
     arguments.choice("normaliser", normaliser, ("batch", "clip"))
-    return implementation(op, impl)(
+    return implementation(op, impl, student_embeddings, teacher_embeddings)(
         student_embeddings,
         teacher_embeddings.detach(),
         student_valid,
@@ -324,7 +328,7 @@ def active_negatives(
     op = "active_negatives"
     arguments = _instance_arguments(op, student_embeddings, teacher_embeddings, student_valid)
     arguments.number("margin", margin)
-    return implementation(op, impl)(
+    return implementation(op, impl, student_embeddings, teacher_embeddings)(
         student_embeddings.detach(), teacher_embeddings.detach(), student_valid, margin=margin
     )
 
