@@ -5,8 +5,10 @@ one training step (32 clips of 4 frames, D 384, N 16, P 4) at L positions on any
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Inputs = list[Tensor | None]
+Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Case:
     name: str
     inputs: Callable[[], Inputs] = field(repr=False)
     wanted: tuple[int, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     factor: float = 1
 
     def __str__(self) -> str:
@@ -157,65 +160,84 @@ def instance_inputs(case: tuple[int, ...], form: str = "cosine", share: float = 
     return [student, teacher, student_valid, teacher_valid]
 
 
-def _cases() -> list[Case]:
-    """Every operation's parity cases."""
-    found = []
+def assignment_inputs(size: int) -> Inputs:
+    """Eight costs."""
+    return [normal(8, size, size)]
 
-    def add(op: str, name: str, make: Callable[[], Inputs], *wanted: int, **settings: Any) -> None:
-        factor = settings.pop("factor", 1)
-        found.append(Case(op, name, make, wanted, settings, factor))
 
+def _correlation() -> Iterator[Case]:
     for row in CORRELATION:
         index = None if row[-1] is None else torch.tensor(row[-1])
-        make = lambda row=row: correlation_inputs(row)  # noqa: E731
-        add("correlation_projection", str(row), make, 0, 1, 2, 3, index=index)
-    for row in SLOTS:
-        for masked in (False, True):
-            make = lambda row=row, masked=masked: slot_inputs(row, masked)  # noqa: E731
-            name = f"{row}{' masked' if masked else ''}"
-            add("masked_slot_attention", name, make, 0, 1, 2, scale=0.3, epsilon=1e-8)
-    for row in TRANSPORT_MATRICES:
-        for iterations in (1, 3):
-            make = lambda row=row: sinkhorn_inputs(row)  # noqa: E731
-            name = f"{row} {iterations} iterations"
-            add("sinkhorn", name, make, 0, 1, 2, epsilon=0.1, iterations=iterations)
-    for epsilon in (0.5, 0.05, 0.025, 0.005):
-        for scale in (1, 100):
-            # cost/ε is rounded to its dtype before it is exponentiated, in any form of the
-            # algorithm.
-            factor = max(1, 0.1 * scale / epsilon)
-            make = lambda scale=scale: sinkhorn_inputs((2, 31, 40), scale)  # noqa: E731
-            name = f"epsilon {epsilon} cost scale {scale}"
-            settings = {"epsilon": epsilon, "iterations": 5, "factor": factor}
-            add("sinkhorn", name, make, 0, 1, 2, **settings)
-    for row in CLIPS:
-        for cost in ("cosine", "dot"):
-            for marginals in ("uniform", "l1"):
-                make = lambda row=row: clustered_clip(*row)  # noqa: E731
-                settings = {"cost": cost, "marginals": marginals, "epsilon": 0.1, "iterations": 3}
-                add("transport_alignment", f"{row} {cost} {marginals}", make, **settings)
+        inputs = partial(correlation_inputs, row)
+        yield Case("correlation_projection", str(row), inputs, (0, 1, 2, 3), {"index": index})
+
+
+def _slots() -> Iterator[Case]:
+    for row, masked in product(SLOTS, (False, True)):
+        name = f"{row}{' masked' if masked else ''}"
+        settings = {"scale": 0.3, "epsilon": 1e-8}
+        inputs = partial(slot_inputs, row, masked)
+        yield Case("masked_slot_attention", name, inputs, (0, 1, 2), settings)
+
+
+def _sinkhorn() -> Iterator[Case]:
+    for shape, iterations in product(TRANSPORT_MATRICES, (1, 3)):
+        settings: Settings = {"epsilon": 0.1, "iterations": iterations}
+        inputs = partial(sinkhorn_inputs, shape)
+        yield Case("sinkhorn", f"{shape} {iterations} iterations", inputs, (0, 1, 2), settings)
+    for epsilon, scale in product((0.5, 0.05, 0.025, 0.005), (1, 100)):
+        # cost/ε is rounded to its dtype before it is exponentiated, in any form of the algorithm.
+        factor = max(1, 0.1 * scale / epsilon)
+        settings = {"epsilon": epsilon, "iterations": 5}
+        inputs = partial(sinkhorn_inputs, (2, 31, 40), scale)
+        name = f"epsilon {epsilon} cost scale {scale}"
+        yield Case("sinkhorn", name, inputs, (0, 1, 2), settings, factor)
+
+
+def _transport() -> Iterator[Case]:
+    for row, cost, marginals in product(CLIPS, ("cosine", "dot"), ("uniform", "l1")):
+        settings: Settings = {"epsilon": 0.1, "iterations": 3, "cost": cost, "marginals": marginals}
+        name = f"{row} {cost} {marginals}"
+        yield Case("transport_alignment", name, partial(clustered_clip, *row), (), settings)
     for epsilon in (0.5, 0.05, 0.025, 0.02, 0.005):
-        make = lambda: clustered_clip(2, 4, 40, 16, 5)  # noqa: E731
+        inputs = partial(clustered_clip, 2, 4, 40, 16, 5)
         settings = {"epsilon": epsilon, "iterations": 3, "marginals": "l1"}
-        settings["factor"] = max(1, 0.5 / epsilon)
-        add("transport_alignment", f"epsilon {epsilon}", make, **settings)
-    for row in CLIPS:
-        for delta in (0.0, 1e-8, 0.1):
-            make = lambda row=row: mask_loss_inputs(row)  # noqa: E731
-            add("mask_losses", f"{row} delta {delta}", make, 0, delta=delta)
+        factor = max(1, 0.5 / epsilon)
+        yield Case("transport_alignment", f"epsilon {epsilon}", inputs, (), settings, factor)
+
+
+def _mask_losses() -> Iterator[Case]:
+    for row, delta in product(CLIPS, (0.0, 1e-8, 0.1)):
+        inputs = partial(mask_loss_inputs, row)
+        yield Case("mask_losses", f"{row} delta {delta}", inputs, (0,), {"delta": delta})
+
+
+def _assignment() -> Iterator[Case]:
     for size in range(1, 9):
-        make = lambda size=size: [normal(8, size, size)]  # noqa: E731
-        add("assignment", f"P {size}", make)
-    for row in INSTANCES:
-        for form, normaliser in INSTANCE_FORMS:
-            make = lambda row=row, form=form: instance_inputs(row, form)  # noqa: E731
-            margin = 2.0 if form == "l2_margin" else 0.3
-            settings = {"form": form, "margin": margin, "normaliser": normaliser}
-            add("instance_consistency", f"{row} {form} {normaliser}", make, 0, **settings)
-    return found
+        yield Case("assignment", f"P {size}", partial(assignment_inputs, size), ())
 
 
-CASES = _cases()
+def _instances() -> Iterator[Case]:
+    for row, (form, normaliser) in product(INSTANCES, INSTANCE_FORMS):
+        margin = 2.0 if form == "l2_margin" else 0.3
+        settings = {"form": form, "margin": margin, "normaliser": normaliser}
+        name = f"{row} {form} {normaliser}"
+        inputs = partial(instance_inputs, row, form)
+        yield Case("instance_consistency", name, inputs, (0,), settings)
+
+
+CASES = [
+    *_correlation(),
+    *_slots(),
+    *_sinkhorn(),
+    *_transport(),
+    *_mask_losses(),
+    *_assignment(),
+    *_instances(),
+]
+OPERATIONS = tuple(dict.fromkeys(case.op for case in CASES))
+SETTINGS = (256, 1024, 1500)
+"""Positions: 256² at patch 16, 256² at stride 8, 480×800 at patch 16."""
 
 
 def parity_cases(op: str) -> list[Case]:
@@ -223,79 +245,103 @@ def parity_cases(op: str) -> list[Case]:
     return [case for case in CASES if case.op == op]
 
 
-OPERATIONS = tuple(dict.fromkeys(case.op for case in CASES))
-SETTINGS = (256, 1024, 1500)
-"""Positions: 256² at patch 16, 256² at stride 8, 480×800 at patch 16."""
+@dataclass(frozen=True)
+class Step:
+    """The sizes of one training step, and where and in which dtype its tensors are drawn."""
+
+    positions: int
+    device: str
+    dtype: torch.dtype
+    clips: int = 32
+    frames: int = 4
+    width: int = 384
+    semantics: int = 16
+    slots: int = 4
+
+    def draw(self, *shape: int) -> Tensor:
+        """Standard normal in the step's dtype."""
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform float32 in 0…1."""
+        return torch.rand(shape, device=self.device)
+
+    def correlation_projection(self) -> Inputs:
+        """Each frame with the one before it: features, the same features, weight, bias."""
+        features = self.draw(self.clips * self.frames, self.positions, self.width)
+        weight = self.draw(self.width, self.positions) / math.sqrt(self.positions)
+        return [features, features, weight, self.draw(self.width)]
+
+    def previous_frames(self) -> Tensor:
+        """`[B·T]`: the reference of each frame."""
+        frames = torch.arange(self.clips * self.frames, device=self.device)
+        return frames.view(self.clips, self.frames).roll(1, 1).flatten()
+
+    def masked_slot_attention(self, groups: int, members: int, masked: bool) -> Inputs:
+        """Keys and values are one tensor: the projections are folded into the queries and follow
+        the updates.
+        """
+        batch = self.clips * self.frames
+        mask = self.uniform(batch, groups, self.positions) > 0.7 if masked else None
+        inputs = self.draw(batch, self.positions, self.width)
+        return [self.draw(batch, groups, members, self.width), inputs, inputs, mask]
+
+    def sinkhorn(self) -> Inputs:
+        """The cost of every ordered pair of frames of every clip, uniform marginals."""
+        pairs, length = self.clips * self.frames * (self.frames - 1), self.positions
+        marginal = torch.full((pairs, length), 1 / length, device=self.device)
+        return [self.uniform(pairs, length, length), marginal, marginal]
+
+    def transport_alignment(self) -> Inputs:
+        """Features and float32 masks."""
+        features = self.draw(self.clips, self.frames, self.positions, self.width)
+        return [features, self.masks().softmax(2)]
+
+    def mask_losses(self) -> Inputs:
+        """Float32 logits and targets."""
+        logits = self.masks()
+        return [logits, self.uniform(*logits.shape) / self.positions]
+
+    def masks(self) -> Tensor:
+        """`[B,T,N,L]` float32."""
+        shape = (self.clips, self.frames, self.semantics, self.positions)
+        return torch.randn(shape, device=self.device)
+
+    def assignment(self) -> Inputs:
+        """A cost for every semantic and every pair of frames."""
+        pairs = (self.clips, self.semantics, self.frames, self.frames)
+        return [self.draw(*pairs, self.slots, self.slots)]
+
+    def instance_consistency(self) -> Inputs:
+        """Unit embeddings, six of ten valid."""
+        shape = (self.clips, self.frames, self.semantics, self.slots)
+        embeddings = [functional.normalize(self.draw(*shape, self.width), dim=-1) for _ in range(2)]
+        return [*embeddings, *(self.uniform(*shape) < 0.6 for _ in range(2))]
 
 
-def at_size(
-    op: str,
-    positions: int,
-    device: str,
-    dtype: torch.dtype,
-    *,
-    clips: int = 32,
-    frames: int = 4,
-    width: int = 384,
-    semantics: int = 16,
-    slots: int = 4,
-) -> list[Case]:
-    """The calls of `op` in one training step: one case, or the two stages of slot attention."""
+def at_size(op: str, positions: int, device: str, dtype: torch.dtype, **sizes: int) -> list[Case]:
+    """The calls of `op` in one training step: one case, or the two stages of slot attention.
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    def valid() -> Tensor:
-        return torch.rand(clips, frames, semantics, slots, device=device) < 0.6
-
-    batch, length = clips * frames, positions
-
-    def case(name: str, make: Callable[[], Inputs], *wanted: int, **settings: Any) -> Case:
-        return Case(op, f"L{positions}{name}", make, wanted, settings)
-
-    if op == "correlation_projection":
-        shared = (draw(width, length) / math.sqrt(length), draw(width))
-        make = lambda: [draw(batch, length, width), draw(batch, length, width), *shared]  # noqa: E731
-        index = torch.arange(batch, device=device).view(clips, frames).roll(1, 1).flatten()
-        return [case("", make, 0, 1, 2, 3, index=index)]
+    `sizes` are fields of `Step`.
+    """
+    step = Step(positions, device, dtype, **sizes)
+    name = f"L{positions}"
     if op == "masked_slot_attention":
-        scale = {"scale": 1 / math.sqrt(width), "epsilon": 1e-8}
-
-        def stage(groups: int, members: int, masked: bool) -> Inputs:
-            mask = torch.rand(batch, groups, length, device=device) > 0.7 if masked else None
-            inputs = draw(batch, length, width)
-            # Keys and values are one tensor: the projections are folded into the queries and
-            # after the updates.
-            return [draw(batch, groups, members, width), inputs, inputs, mask]
-
+        settings: Settings = {"scale": 1 / math.sqrt(step.width), "epsilon": 1e-8}
+        semantic = partial(step.masked_slot_attention, 1, step.semantics, False)
+        instance = partial(step.masked_slot_attention, step.semantics, step.slots, True)
         return [
-            case(" semantic", lambda: stage(1, semantics, False), 0, 1, **scale),
-            case(" instance", lambda: stage(semantics, slots, True), 0, 1, **scale),
+            Case(op, f"{name} semantic", semantic, (0, 1), settings),
+            Case(op, f"{name} instance", instance, (0, 1), settings),
         ]
-    if op == "sinkhorn":
-        pairs = clips * frames * (frames - 1)
-
-        def plan() -> Inputs:
-            marginal = torch.full((pairs, length), 1 / length, device=device)
-            return [torch.rand(pairs, length, length, device=device), marginal, marginal]
-
-        return [case("", plan, 0, epsilon=0.05, iterations=3)]
-    masks = (clips, frames, semantics, length)
-    if op == "transport_alignment":
-
-        def features_and_masks() -> Inputs:
-            return [draw(clips, frames, length, width), draw(*masks).float().softmax(2)]
-
-        return [case("", features_and_masks, epsilon=0.05, iterations=3)]
-    if op == "mask_losses":
-        make = lambda: [draw(*masks).float(), torch.rand(masks, device=device) / length]  # noqa: E731
-        return [case("", make, 0)]
-    matched = (clips, frames, semantics, slots)
-    if op == "assignment":
-        make = lambda: [draw(clips, semantics, frames, frames, slots, slots)]  # noqa: E731
-        return [case("", make)]
-    if op == "instance_consistency":
-        embeddings = lambda: functional.normalize(draw(*matched, width), dim=-1)  # noqa: E731
-        make = lambda: [embeddings(), embeddings(), valid(), valid()]  # noqa: E731
-        return [case("", make, 0, form="cosine", margin=0.5, normaliser="clip")]
-    raise ValueError(f"no operation {op!r}; there are {', '.join(OPERATIONS)}")
+    inputs: Callable[[], Inputs] = getattr(step, op)
+    calls: dict[str, tuple[tuple[int, ...], Settings]] = {
+        "correlation_projection": ((0, 2, 3), {"index": step.previous_frames()}),
+        "sinkhorn": ((0,), {"epsilon": 0.05, "iterations": 3}),
+        "transport_alignment": ((), {"epsilon": 0.05, "iterations": 3}),
+        "mask_losses": ((0,), {}),
+        "assignment": ((), {}),
+        "instance_consistency": ((0,), {"form": "cosine", "margin": 0.5, "normaliser": "clip"}),
+    }
+    wanted, settings = calls[op]
+    return [Case(op, name, inputs, wanted, settings)]

@@ -43,7 +43,8 @@ def errors(
         float(error.norm()) / (tolerance * norm + floor),
         float(error.abs().max()) / (5 * tolerance * largest + floor),
     )
-    return Errors(what, float(error.norm()) / max(norm, 1e-12), worst)
+    # Where the exact answer is zero the absolute error is what can be said.
+    return Errors(what, float(error.norm()) / (norm if norm > floor else 1.0), worst)
 
 
 def run(

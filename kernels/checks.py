@@ -50,14 +50,14 @@ class Arguments:
 
     def number(self, name: str, value: float, *, above: float = -math.inf) -> None:
         """Check that `value` is finite and greater than `above`."""
-        if not (math.isfinite(value) and value > above):
+        if not above < value < math.inf:  # which NaN fails
             self.fail(
                 name, "a finite number" + (f" > {above:g}" if above > -math.inf else ""), value
             )
 
     def not_negative(self, name: str, value: float) -> None:
         """Check that `value` is finite and not below 0."""
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             self.fail(name, "a finite number >= 0", value)
 
     def count(self, name: str, value: int) -> None:

@@ -212,7 +212,7 @@ def _backward(
     batch = len(query)
     given, own = _Operand(grad, "own"), _Operand(query, "own")
     source, shared = _Operand(reference, "reference"), _Operand(weight.mT[None], "shared")
-    grad_query = grad_reference = grad_weight = query.new_empty(0)
+    grad_query, grad_reference, grad_weight = (query.new_empty(0) for _ in range(3))
     if wanted[0]:
         out = query.new_empty(query.shape)
         grad_query = _start(given, shared, source, out, None, index, batch)
@@ -253,7 +253,7 @@ def _reassociated_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_backward`, through the gradient of `W R`."""
-    grad_query = grad_reference = grad_weight = query.new_empty(0)
+    grad_query, grad_reference, grad_weight = (query.new_empty(0) for _ in range(3))
     if wanted[0]:
         projection = weight @ reference
         grad_query = grad @ (projection if index is None else projection[index])

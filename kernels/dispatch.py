@@ -22,15 +22,26 @@ SMALLEST = {"correlation_projection": 2**20}
 yet measured: eager's two matrix products start as fast as one kernel; every other operation starts
 far more kernels in eager, at any size."""
 
-FUSED = ("correlation_projection", "masked_slot_attention")
+FUSED = (
+    "assignment",
+    "correlation_projection",
+    "instance_consistency",
+    "masked_slot_attention",
+    "mask_losses",
+    "sinkhorn",
+    "transport_alignment",
+)
 """The files of kernels, each named like its operation."""
+
+MOST_SLOTS = 128
+"""The most slots whose Gram matrix the kernel of mask_losses holds on the chip."""
 
 # Operations whose kernels are in another one's file.
 FILES = {"active_negatives": "instance_consistency"}
 
 
-# The kernels' functions by operation, filled when the package is imported: nothing has to be imported
-# while torch.compile traces a call.
+# The kernels' functions by operation, filled when the package is imported: torch.compile should not
+# have to trace an import.
 _fused: dict[str, Callable[..., Any]] = {}
 
 
@@ -95,6 +106,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _chosen(op: str, tensors: list[Tensor]) -> str:
     """What "auto" runs: the kernels on a GPU, where they pay; the interpreter is never chosen."""
     if tensors[0].device.type != "cuda" or _obstacle(tensors) is not None:
+        return "eager"
+    if op == "mask_losses" and tensors[0].shape[2] > MOST_SLOTS:
         return "eager"
     return "triton" if tensors[0].numel() >= SMALLEST.get(op, 0) else "eager"
 

@@ -221,7 +221,7 @@ def mask_losses(
     are constants.
 
     Args:
-        logits: `[B,T,N,L]`.
+        logits: `[B,T,N,L]`; the kernel takes N up to 128.
         targets: `[B,T,N,L]`, of `transport_alignment`.
         delta: δ ≥ 0; at 0 the logarithm is the log-softmax.
 

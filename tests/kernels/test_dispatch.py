@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import clustered_clip, normal, uniform, unit
+from cases import clustered_clip, normal, only_kernels, uniform, unit
 
 from smtc import kernels
-from smtc.kernels import dispatch, eager
+from smtc.kernels import dispatch, eager, launching
 
 MARGINAL = torch.full((2, 6), 1 / 6)
 VALID = uniform(2, 3, 2, 4) > 0.3
 CALLS = {
-    "correlation_projection": ([normal(2, 6, 4), normal(2, 6, 4, seed=1), normal(3, 6)], {}),
+    "correlation_projection": ([normal(2, 6, 8), normal(2, 6, 8, seed=1), normal(3, 6)], {}),
     "masked_slot_attention": (
         [normal(2, 3, 2, 4), normal(2, 6, 4, seed=1), normal(2, 6, 4, seed=2)],
         {"scale": 0.5, "epsilon": 1e-8},
@@ -69,16 +69,62 @@ def test_the_eager_form_runs(op, impl, monkeypatch):
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_triton_never_falls_back(op):
-    with pytest.raises(ValueError, match=rf"{op}: impl: .*no Triton implementation.*eager"):
-        call(op, impl="triton")
+def test_triton_runs_kernels_and_nothing_of_eager(op):
+    with only_kernels() as launches:
+        results = call(op, impl="triton")
+    assert launches
+    for actual, expected in zip(results, call(op, impl="eager"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_autocast_changes_nothing(op):
-    expected = call(op)
+def test_triton_never_falls_back(op, monkeypatch):
+    with pytest.raises(ValueError, match=rf"{op}: impl: \"triton\" .*float64; use \"eager\""):
+        call(op, torch.float64, impl="triton")
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=rf"{op}: impl: .*needs a CUDA device.*got cpu; use"):
+        call(op, impl="triton")
+    monkeypatch.setattr(dispatch, "_fused", {})
+    with pytest.raises(ValueError, match=rf"{op}: impl: .*needs Triton.*pip install triton"):
+        call(op, impl="triton")
+
+
+def test_auto_takes_the_kernels_on_a_gpu_where_they_pay(monkeypatch):
+    class OnGpu:
+        device = torch.device("cuda")
+        dtype = torch.bfloat16
+
+        def __init__(self, elements):
+            self.elements = elements
+
+        def numel(self):
+            return self.elements
+
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    large, small = OnGpu(2**24), OnGpu(2**10)
+    assert dispatch._chosen("sinkhorn", [small]) == "triton"
+    assert dispatch._chosen("correlation_projection", [large]) == "triton"
+    assert dispatch._chosen("correlation_projection", [small]) == "eager"
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (7, 5))
+    assert dispatch._chosen("sinkhorn", [large]) == "eager"
+    assert "8.0 or newer" in dispatch.obstacle(torch.device("cuda"))
+    small.dtype = torch.float64
+    assert dispatch._chosen("sinkhorn", [small]) == "eager"
+
+
+def test_every_kernel_file_is_named_like_its_operation():
+    assert {*dispatch.FUSED, *dispatch.FILES} == set(kernels.__all__)
+    assert set(dispatch._fused) == set(kernels.__all__)
+    for op in kernels.__all__:
+        assert callable(getattr(kernels, op))  # and no module of that name hides it
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("op", CALLS)
+def test_autocast_changes_nothing(op, impl):
+    expected = call(op, impl=impl)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = call(op)
+        actual = call(op, impl=impl)
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
@@ -86,16 +132,20 @@ def test_autocast_changes_nothing(op):
 
 @pytest.mark.parametrize("op", sorted(set(CALLS) - {"assignment", "correlation_projection"}))
 def test_results_are_float32_unless_an_input_is_float64(op):
-    assert call(op, torch.bfloat16)[-1].dtype == torch.float32
-    assert call(op, torch.float32)[-1].dtype == torch.float32
+    for impl in ("eager", "triton"):
+        assert call(op, torch.bfloat16, impl=impl)[-1].dtype == torch.float32
+        assert call(op, torch.float32, impl=impl)[-1].dtype == torch.float32
     assert call(op, torch.float64)[-1].dtype == torch.float64
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("op", CALLS)
-def test_operations_compile_into_one_graph(op):
+def test_operations_compile_into_one_graph(op, impl):
     torch.compiler.reset()
     tensors, settings = CALLS[op]
+    tensors = [t.float() if t.is_floating_point() else t for t in tensors]
+    settings = settings | {"impl": impl}
     function = torch.compile(getattr(kernels, op), backend="aot_eager", fullgraph=True)
     if op in ("sinkhorn", "mask_losses", "instance_consistency", "masked_slot_attention"):
         tensors = [tensors[0].clone().requires_grad_(), *tensors[1:]]
