@@ -1,9 +1,10 @@
-# Everything runs from .venv, which each target makes when it is missing.
+# Everything runs from .venv, which each target makes when it is missing; only gpu-check runs with
+# $(PYTHON), in whose torch the GPU's driver is known.
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/synthetic
 
-.PHONY: help setup train learning-table test lint clean
+.PHONY: help setup train learning-table test test-slow lint bench gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -30,10 +31,21 @@ learning-table: .venv/ready  ## the same over three seeds: the README's table
 test: lint  ## lint, types and the whole test suite
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
 
+test-slow: .venv/ready  ## the tests that take minutes: every deliberate fault in a kernel has to be caught
+	$(BIN)/python -m pytest -m slow
+
 lint: .venv/ready  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/check_types.py
+
+bench: .venv/ready  ## errors and times of the operations on this machine, as tables and a picture
+	$(BIN)/smtc bench parity --output build/bench
+	$(BIN)/smtc bench kernels --output build/bench
+	$(BIN)/smtc bench report build/bench
+
+gpu-check:  ## PART=tests|kernels on a machine with a GPU, at most 8 minutes; results in $$OUT or build/gpu-check
+	@$(PYTHON) benchmarks/gpu_check.py $(PART)
 
 clean:  ## remove what the targets made, except data/ and runs/
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage

@@ -95,8 +95,10 @@ class ModelConfig:
     sampling: Literal["reparameterised", "detached"] = "reparameterised"
     embedding: Literal["raw", "mlp"] = "mlp"
     """The instance loss compares raw slots, or the unit-norm output of an MLP."""
-    impl: Literal["auto", "eager"] = "auto"
-    """Which implementation of the operations runs; auto goes by device and says so once."""
+    impl: Literal["auto", "eager", "triton"] = "auto"
+    """Which implementation of the operations runs: plain torch, the fused kernels, or (auto, said
+    once) the one that suits the device.
+    """
 
     def __post_init__(self) -> None:
         _require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smtc.config import Config
 from smtc.errors import UserError
+from smtc.kernels.dispatch import obstacle
 from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.torch_loader import TorchLoader
@@ -60,6 +61,7 @@ def train(config: Config, method: Method | None = None) -> Run:
     settings, the data or the folder.
     """
     device = pick_device(config.train.device)
+    check_implementation(config.model.impl, device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     folder = check_run_folder(config)
@@ -101,6 +103,13 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def check_implementation(impl: str, device: torch.device) -> None:
+    """Whether `model.impl` can run on `device`. Errors: `UserError` where it cannot."""
+    reason = obstacle(device) if impl == "triton" else None
+    if reason is not None:
+        raise UserError(f"--model.impl triton {reason}; use auto or eager.")
 
 
 class Trainer:

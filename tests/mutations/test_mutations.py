@@ -1,0 +1,99 @@
+"""Each kernel with one deliberate fault: its tests have to notice. Run by `make test-slow`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Fault(NamedTuple):
+    """A source line of `kernels/<op>.py` and what stands there instead."""
+
+    op: str
+    what: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "correlation_projection",
+        "reads the own frame instead of the referenced one",
+        "referred = tl.load(index + own)",
+        "referred = own",
+    ),
+    Fault(
+        "correlation_projection",
+        "drops the last reference positions",
+        "for start in range(0, inner, BLOCK_INNER)",
+        "for start in range(0, inner - 1, BLOCK_INNER)",
+    ),
+    Fault(
+        "correlation_projection",
+        "leaves the last column unwritten",
+        "mask=(row < rows)[:, None] & (column < columns)[None, :],",
+        "mask=(row < rows)[:, None] & (column < columns - 1)[None, :],",
+    ),
+    Fault(
+        "correlation_projection",
+        "forgets the earlier width blocks of a tile",
+        "tile = dot(left, right, tile)",
+        "tile = dot(left, right, tile * 0)",
+    ),
+    Fault(
+        "correlation_projection",
+        "sums the reference's gradient over the wrong frames",
+        "own = tl.load(order + place)",
+        "own = place",
+    ),
+]
+
+
+def run(tmp_path: Path, op: str, old: str, new: str) -> subprocess.CompletedProcess[str]:
+    """The operation's tests of its kernel, with the fault."""
+    mutation = tmp_path / "mutation.json"
+    copy = tmp_path / f"{op}.py"
+    mutation.write_text(json.dumps({"op": op, "old": old, "new": new, "copy": str(copy)}))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "mutating",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += [f"tests/kernels/test_{op}.py", "-k", "the_kernel_agrees"]
+    environment = os.environ | {
+        "SMTC_MUTATION": str(mutation),
+        "PYTHONPATH": str(Path(__file__).parent),
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.op} {fault.what}")
+def test_a_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
+    done = run(tmp_path, fault.op, fault.old, fault.new)
+    assert done.returncode == 1, done.stdout + done.stderr  # 1: tests ran and failed
+    assert "FAILED" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", sorted({fault.op for fault in FAULTS}))
+def test_without_a_fault_the_same_tests_pass(op: str, tmp_path: Path) -> None:
+    line = next(fault.old for fault in FAULTS if fault.op == op)
+    done = run(tmp_path, op, line, line)
+    assert done.returncode == 0, done.stdout + done.stderr
