@@ -52,6 +52,54 @@ FAULTS = [
         "own = tl.load(order + place)",
         "own = place",
     ),
+    Fault(
+        "mask_losses",
+        "gives the padding slots weight",
+        'logits = tl.where(exists, logits, float("-inf"))',
+        "logits = tl.where(exists, logits, 0.0)",
+    ),
+    Fault(
+        "mask_losses",
+        "drops the last positions",
+        "for start in range(0, positions, BLOCK):",
+        "for start in range(0, positions // BLOCK * BLOCK, BLOCK):",
+    ),
+    Fault(
+        "mask_losses",
+        "divides by the wrong norm",
+        "gram * inverse[:, None] * across[None, :]",
+        "gram * inverse[:, None] * inverse[:, None]",
+    ),
+    Fault(
+        "mask_losses",
+        "leaves out the gradient of the norms",
+        "by_mask = (tl.sum(unit, axis=0)[None, :] - unit - cosine * unit) * inverse",
+        "by_mask = (tl.sum(unit, axis=0)[None, :] - unit) * inverse",
+    ),
+    Fault(
+        "sinkhorn",
+        "rescales one of two partial sums only",
+        "tl.exp2(first - largest) + tl.exp2(second - largest)",
+        "tl.exp2(first - largest) + tl.exp2(second)",
+    ),
+    Fault(
+        "sinkhorn",
+        "drops the last row of a block",
+        "return problem, begin, tl.minimum(begin + ROWS, rows)",
+        "return problem, begin, tl.minimum(begin + ROWS, rows - 1)",
+    ),
+    Fault(
+        "sinkhorn",
+        "writes a transposed plan",
+        "scores + f[:, None] + g[None, :]),\n        mask",
+        "tl.trans(scores) + f[:, None] + g[None, :]),\n        mask",
+    ),
+    Fault(
+        "sinkhorn",
+        "pulls back from the neighbouring column",
+        "share = scores + f[:, None] - _vector(column_sums, column, columns)[None, :]",
+        "share = scores + f[:, None] - _vector(column_sums, column + 1, columns)[None, :]",
+    ),
 ]
 
 
