@@ -1,46 +1,46 @@
 """masked_slot_attention fused: logits, softmax, mean and their gradients from one read of a frame.
 
-A program owns one frame and a block of its groups, as many as fit in ROWS rows: row = group · SLOTS +
-slot, SLOTS the next power of two of P (missing slots have logit -∞), so that the paper's semantic stage
-is one program of 16 rows a frame and its instance stage one of 64. It walks over L in tiles of
-BLOCK positions:
+A program owns one frame and a block of its groups, as many as fit in ROWS rows: row = group · SLOTS
++ slot, SLOTS the next power of two of P (missing slots have logit -∞). So the paper's semantic
+stage is one program of 16 rows a frame, its instance stage one of 64. It walks over L in tiles:
 
-    S = scale · q Kᵀ + bias   W = (softmax over a group's slots of S + ε) · mask   s += Σ W
-    U += W V                                     in the end U / s, since the mean is linear in W
+    S = scale · q Kᵀ + bias    W = (softmax(S) + ε) · mask    s += Σ_L W    U += W V
 
-Where keys are values, `values` is None and a tile of K serves both products: one read of the frame.
-Backward recomputes S. It keeps the inputs, the results U and the row sums s, `[B,G,P]` in float32:
+and U / s at the end is the result, since the mean is linear in W. Where keys are values, `values`
+is None and a tile of K serves both products: one read of the frame. Backward recomputes S; it keeps
+the inputs, the result U and the row sums s, `[B,G,P]` float32:
 
-    A = W/s   dA = dU Vᵀ   dw = mask · (dA - dU·U)/s   dS = softmax · (dw - Σ_slots softmax · dw) + dlogits
-    dq = scale · dS K      dbias = Σ_L dS              dK = scale · dSᵀ q     dV = Aᵀ dU
+    A = W/s    dA = dU Vᵀ    dw = mask · (dA - dU·U) / s
+    dS = softmax · (dw - Σ_slots softmax · dw) + dlogits
+    dq = scale · dS K    dbias = Σ_L dS    dK = scale · dSᵀ q    dV = Aᵀ dU
 
-Where keys are values dK + dV is summed on the chip and written once. `s` holds the 1e-8 of masked groups,
-so an empty group has A = dw = 0 exactly. All sums have one order on every run. If groups
+Where keys are values dK + dV is summed on the chip and written once. s holds the 1e-8 of masked
+groups, so an empty group has A = dw = 0 exactly. All sums have one order on every run. Where groups
 need several programs, their dK and dV go to float32 buffers, which one sum adds.
 
-At B·T 128, L 256 / 1024 / 1500, D 384, bf16, keys are values:
-* device memory, both stages: the frame (25 / 101 / 147 MB) once forward, and read and written once
-  backward. The logits, if asked for, are 8 and 34 MB of float32 at L 256; queries and updates 2 and 6 MB
-  each. Forward both stages 108 MB, 25 µs at 4.3 TB/s, of which the frame is 50 MB.
-* FLOP at L 256: 4 G forward, 10 G backward, 18 µs at 790 TFLOP/s: both bounds are near, so the next tile has
-  to be on its way while one is worked on (stages), and products have to be on the tensor cores.
-* registers with 64 rows and 8 warps: accumulators 64 x 384 fp32, 96 a thread, as three blocks of 128, not 512.
-  Hopper gives each warp group all of a tile of S, so a tile 64 x 32 takes 16 a thread, another 16 for dA.
-  With 64 positions the backward would spill more than 400 bytes; with 32, up to 248, mostly
-  addresses that do not change from tile to tile, stored once before the loop.
-* shared memory: q (and dU) 49 KB each, a tile of 32 positions 25 KB a stage.
-* Hopper's products need 64 rows of the left operand. Held transposed (TURNED), U is `[128,rows]` and dK
-  `[128,32]`, so these are warp group products at 16 slots and at 32 positions a tile too. Only S and
-  dA of the semantic stage, 16 rows, are the older `mma`. sm_80 keeps U upright: there a tile that is
-  read both ways is not loaded ahead.
-* 128 programs at B·T 128: one a multiprocessor of an H200 (132). Fewer frames leave it partly idle.
+With 128 frames, D 384, bf16, keys that are values, L = 256 / 1024 / 1500:
+* device memory: a stage reads the frames, 25 / 101 / 147 MB, once forward, and reads and writes
+  them once backward. At L 256 the logits of both stages, if asked for, are 42 MB of float32, queries
+  and updates 16 MB: forward 108 MB, 25 µs at 4.3 TB/s.
+* FLOP of both stages: 4 / 16 / 24 G forward, 10 / 40 / 59 G backward; at L 256 5 and 13 µs at
+  790 TFLOP/s, less than the bytes need. So the next tile has to be under way while one is worked on.
+* registers with 64 rows and 8 warps: the accumulators 64 x 384 fp32 take 96 a thread, as three
+  blocks of 128 (not 512). Hopper gives both warp groups all of a tile of S: 64 rows by 32 positions
+  are 16 a thread, dA as many. Backward spills up to 248 bytes with 32 positions, mostly addresses that
+  stay the same from tile to tile, stored once before the loop; with 64 it spills 436.
+* shared memory: q and dU 49 KB each, a tile of 32 positions 25 KB a stage.
+* Hopper's warp group products need 64 rows on the left. Transposed (TURNED), U is `[128,rows]` and
+  dK `[128,32]`, so they have these with 16 slots and tiles of 32 positions too; only S and dA of the
+  semantic stage, 16 rows, are left to the older instruction. sm_80 keeps all upright: a tile that
+  is read both ways is not loaded ahead there.
+* 128 programs, one a multiprocessor of an H200 (132). Fewer frames leave some of it idle.
 
-Wider frames than WIDTH_BLOCKS blocks take further programs, each of which recomputes S from all of D.
-Products with 16-bit operands of one dtype run in it and accumulate in float32, which loses nothing of
-the logits; two dtypes meet in float32. W, A and dS are rounded to bfloat16 where both factors' tensors
-are: it has float32's range. float16 would lose weights near ε = 1e-8 and small gradients, so with it
-these products are float32, as three TF32 ones. float32 and float16 are made to be right, not fast: with 64
-slots of D 384 the gradient takes 6 or 12 programs a frame.
+Wider frames than WIDTH_BLOCKS blocks take more programs, each of which computes S and dA anew, from
+all of D. Products of two 16-bit tensors of one dtype run in it, which is exact up to the float32
+accumulation; two dtypes meet in float32. W, A and dS become bfloat16 where they meet bfloat16, which
+has float32's range. float16 would lose weights near ε = 1e-8 and small gradients: there these
+products are float32, as three TF32 ones. float32 and float16 are made to be right rather than fast: a
+gradient at D 384 takes 6 or 12 programs a frame.
 """
 
 from typing import Any
@@ -57,8 +57,6 @@ from .triton_helpers import dot, rounded
 
 # Elements of all accumulators of one program: 96 registers a thread with 8 warps.
 ACCUMULATED = 64 * 384
-# Added to the row sums of a masked group, so that an empty one divides by something.
-MASKED_FLOOR = 1e-8
 
 
 @triton.jit
@@ -412,20 +410,19 @@ def _plan(
     return (batch, triton.cdiv(groups, together), programs), chosen | options
 
 
+def _floor(mask: Tensor | None) -> float:
+    """What is added to the row sums: an empty group divides by it."""
+    return 0.0 if mask is None else 1e-8
+
+
 def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
     return (0,) * axes if tensor is None else tensor.stride()
 
 
 def _forward(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    epsilon: float,
-    return_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+    scale: float, epsilon: float, return_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Updates `[B,G,P,D]`, logits `[B,G,P,L]` (empty if not asked for), row sums `[B,G,P]`."""
     groups, slots, width = queries.shape[1:]
     positions = keys.shape[1]
@@ -434,7 +431,7 @@ def _forward(
     launch(
         _attend, grid, queries, keys, values, mask, bias,
         updates, logits if return_logits else None, sums,
-        groups, slots, positions, width, scale, epsilon, 0.0 if mask is None else MASKED_FLOOR,
+        groups, slots, positions, width, scale, epsilon, _floor(mask),
         *queries.stride(), *keys.stride(), *_strides(values, 3), *_strides(mask, 3),
         *_strides(bias, 3),
         **options,
@@ -444,19 +441,10 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor,
-    grad_logits: Tensor | None,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    updates: Tensor,
-    sums: Tensor,
-    scale: float,
-    epsilon: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, grad_logits: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, updates: Tensor, sums: Tensor, scale: float,
+    epsilon: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of queries, keys, values and bias; those not `wanted` are empty."""
     groups, slots, width = queries.shape[1:]
     positions = keys.shape[1]
@@ -486,15 +474,9 @@ def _backward(
 
 
 def _plain(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    epsilon: float,
-    return_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+    scale: float, epsilon: float, return_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_forward`, in plain torch."""
     updates, logits = eager.masked_slot_attention(
         queries, keys, keys if values is None else values, mask,
@@ -502,27 +484,17 @@ def _plain(
     )  # fmt: skip
     assert logits is not None
     weights = torch.softmax(logits, 2) + epsilon
-    if mask is None:
-        sums = weights.sum(-1)
-    else:
-        sums = (weights * mask[:, :, None]).sum(-1) + MASKED_FLOOR
+    if mask is not None:
+        weights = weights * mask[:, :, None]
+    sums = weights.sum(-1) + _floor(mask)
     return updates, logits if return_logits else logits.new_empty(0), sums
 
 
 def _plain_backward(
-    grad: Tensor,
-    grad_logits: Tensor | None,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    updates: Tensor,
-    sums: Tensor,
-    scale: float,
-    epsilon: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, grad_logits: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, updates: Tensor, sums: Tensor, scale: float,
+    epsilon: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_backward`, in plain torch."""
     query, key, given = queries.float(), keys.float(), grad.float()
     value = key if values is None else values.float()
@@ -555,15 +527,9 @@ def _plain_backward(
 
 
 def _fake(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    epsilon: float,
-    return_logits: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    queries: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, bias: Tensor | None,
+    scale: float, epsilon: float, return_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, positions = queries.shape[:3], keys.shape[1]
     return (
         (keys if values is None else values).new_empty(queries.shape),
@@ -573,19 +539,10 @@ def _fake(
 
 
 def _fake_backward(
-    grad: Tensor,
-    grad_logits: Tensor | None,
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor | None,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    updates: Tensor,
-    sums: Tensor,
-    scale: float,
-    epsilon: float,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, grad_logits: Tensor | None, queries: Tensor, keys: Tensor, values: Tensor | None,
+    mask: Tensor | None, bias: Tensor | None, updates: Tensor, sums: Tensor, scale: float,
+    epsilon: float, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     first, second, third, fourth = (
         tensor.new_empty(tensor.shape) if want and tensor is not None else sums.new_empty(0)
         for tensor, want in zip((queries, keys, values, bias), wanted, strict=True)

@@ -32,13 +32,13 @@ and a sum. The score is float32 for all features: in bf16 a score of 400 would b
 At 32 clips of 4 frames (192 pairs), D = 384, N = 16, I = 3, bf16, L = 256 / 1024 / 1500, counted for
 790 TFLOP/s, 4.3 TB/s of device memory and 5.5 TB/s of L2 on 132 multiprocessors:
 * Gram: 9.7 / 155 / 332 GFLOP, 12 / 196 / 420 µs. A tile of 128x256 reads 295 KB for 25 MFLOP: 1.8 /
-  3.9 GB, 330 / 710 µs of L2 at 1024 / 1500, which bounds it; 64x256 would take a third more. `_whole`
-  has tiles of 128x128: 151 MB, 27 µs, of which 192 programs on 132 multiprocessors lose a part.
+  4.1 GB, 330 / 740 µs of L2 at 1024 / 1500, which bounds it. `_whole` has tiles of 128x128: 151 MB,
+  27 µs, and 192 programs on 132 multiprocessors leave a part of these idle.
 * K is 25 / 403 / 864 MB. One write and 4 reads at 1024 / 1500: 2.0 / 4.3 GB, 470 / 1000 µs of device
   memory; the second read of `_transport` 73 / 157 µs of L2.
 * Parts: the columns' sums of a span of 128 rows are 8 bytes a column, 3 % of K a pass; the moved
   masks of a block of 256 rows are 64 bytes a column, 12 % of K, written and read.
-* Sum: 0.9 / 1.9 ms where nothing overlaps and K, of all clips at once, comes from device memory.
+* Sum: 0.95 / 2.0 ms where nothing overlaps and K, of all clips at once, comes from device memory.
   Clips in chunks whose K stays in L2 (2 at L = 1024) would read at 5.5 instead of 4.3 TB/s, but take
   16 times 10 launches of 5 µs each, so chunks bound memory only: 512 MiB of K, 1 / 2 chunks.
 * Registers: the tile of 128x256 fp32 is 128 a thread with 8 warps. `_sweep` holds 8192 elements, 32 a
@@ -257,7 +257,7 @@ def _sweep(
         place = kernel + (pair * positions + start) * pitch
         tile = tl.load(
             place + (tl.arange(0, BLOCK_ROWS) * pitch)[:, None] + column[None, :],
-            mask=(row < positions)[:, None] & (column < pitch)[None, :],
+            mask=(row < positions)[:, None] & (column < pitch - 64)[None, :],
             other=NOWHERE if LOG else 0.0,
         ).to(tl.float32)
         marginal = _marginal(marginals, own, row, positions, LOG)

@@ -261,7 +261,7 @@ TABLE: dict[str, list[Row]] = {
         *_rows("sm_80", 32, (ANY, _lines(64, 128, warps=8))),
     ],
     "transport_alignment.whole": [
-        *_interpreted(BLOCK_ROWS=64, BLOCK_COLUMNS=64, BLOCK_WIDTH=16, HELD=4096),
+        *_interpreted(BLOCK_ROWS=64, BLOCK_COLUMNS=64, BLOCK_WIDTH=32, HELD=4096),
         *_rows("sm_80", 16, (ANY, _gram(64, 128, 64, warps=8, stages=2) | {"HELD": 8192})),
         *_rows("sm_80", 32, (ANY, _gram(64, 64, 32, warps=8, stages=2) | {"HELD": 4096})),
         *_rows("sm_90", 16, (ANY, _gram(128, 128, 64, warps=8, stages=3) | {"HELD": 8192})),
@@ -270,7 +270,7 @@ TABLE: dict[str, list[Row]] = {
         *_rows("sm_100", 32, (ANY, _gram(64, 64, 32, warps=8, stages=2) | {"HELD": 4096})),
     ],
     "transport_alignment.build": [
-        *_interpreted(BLOCK_ROWS=128, BLOCK_COLUMNS=256, BLOCK_WIDTH=16),
+        *_interpreted(BLOCK_ROWS=128, BLOCK_COLUMNS=256, BLOCK_WIDTH=32),
         *_rows("sm_80", 16, (ANY, _gram(128, 128, 64, warps=8, stages=3))),
         *_rows("sm_80", 32, (ANY, _gram(64, 64, 32, warps=8, stages=2))),
         *_rows("sm_90", 16, (ANY, _gram(128, 256, 64, warps=8, stages=3))),
@@ -288,7 +288,7 @@ TABLE: dict[str, list[Row]] = {
         *_rows("sm_80", 32, (ANY, {"HELD": 4096, "SPAN": 128, "num_warps": 8, "num_stages": 1})),
     ],
     "transport_alignment.transport": [
-        *_interpreted(BLOCK_ROWS=64, BLOCK_COLUMNS=128),
+        *_interpreted(BLOCK_ROWS=128, BLOCK_COLUMNS=256),
         *_rows("sm_80", 16, (ANY, _tile(128, 64, 8) | {"num_stages": 3})),
         *_rows("sm_80", 32, (ANY, _tile(64, 64, 8) | {"num_stages": 2})),
         *_rows("sm_90", 16, (ANY, _tile(256, 64, 8) | {"num_stages": 3})),

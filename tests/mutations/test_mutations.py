@@ -100,6 +100,42 @@ FAULTS = [
         "share = scores + f[:, None] - _vector(column_sums, column, columns)[None, :]",
         "share = scores + f[:, None] - _vector(column_sums, column + 1, columns)[None, :]",
     ),
+    Fault(
+        "assignment",
+        "reads the cost transposed",
+        "place = row * PADDED + ((code >> (4 * row)) & 15)",
+        "place = row + PADDED * ((code >> (4 * row)) & 15)",
+    ),
+    Fault(
+        "assignment",
+        "keeps the choices of later rows",
+        "choice = tl.where((size == row)[None, :], chosen, choice)",
+        "choice = tl.where((size >= row)[None, :], chosen, choice)",
+    ),
+    Fault(
+        "instance_consistency",
+        "counts pairs of a frame with itself",
+        "counted = counted & (t != j)",
+        "counted = counted & (t != t + 1)",
+    ),
+    Fault(
+        "instance_consistency",
+        "swaps student and teacher slots of a pair",
+        "((code[:, None] >> (4 * p).to(tl.int32)) & 15) == q",
+        "((code[:, None] >> (4 * q).to(tl.int32)) & 15) == p",
+    ),
+    Fault(
+        "instance_consistency",
+        "reads the wrong teacher frame",
+        "j * other_t + q * other_p",
+        "t * other_t + q * other_p",
+    ),
+    Fault(
+        "instance_consistency",
+        "matches by similarity without norms",
+        "similarity = similarity / norms",
+        "similarity = similarity / 1.0",
+    ),
 ]
 
 
