@@ -8,7 +8,7 @@ against `static_budgets.py`.
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import prod
 from multiprocessing import get_context
@@ -41,6 +41,13 @@ from smtc.kernels.launching import INTERPRETED, Launch, recording
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BITS = {"bf16": 16, "fp32": 32}
+# Arguments that choose other kernels, or other forms of them, than the usual ones: the log domain,
+# the margin loss, log-softmax.
+OTHER_ARGUMENTS = {
+    "transport_alignment": {"epsilon": 0.01, "marginals": "l1"},
+    "instance_consistency": {"form": "l2_margin", "margin": 2.0},
+    "mask_losses": {"delta": 0.0},
+}
 
 # For the predicted time: an H200's device copy and dense bf16 products as measured on such a card.
 # A product of float32 operands is three of TF32, whose rate is half of bf16's.
@@ -111,21 +118,35 @@ def run(
 
 
 def plan(op: str, architecture: str) -> list[Planned]:
-    """The launches of one operation: bf16 at every setting, float32 (whose tiles are others) at
-    the smallest. Float32 launches that are bf16's are left out.
+    """The launches of one operation: bf16 at every setting, other arguments and float32, whose
+    tiles are others, at all but the largest. What compiled already for a setting is left out.
     """
     found: list[Planned] = []
-    for positions, dtype in [(L, "bf16") for L in SETTINGS] + [(SETTINGS[0], "fp32")]:
-        for case in at_size(op, positions, "meta", DTYPES[dtype]):
-            known = {p.source for p in found if p.case.name == case.name}
-            for backward, launches in enumerate(record(case, architecture)):
-                grouped = _grouped(launches, architecture)
-                found += [
+    seen: dict[str, set[Source]] = {}
+    runs = [(positions, "bf16") for positions in SETTINGS]
+    runs += [(positions, "fp32") for positions in SETTINGS[:-1]]
+    for positions, dtype in runs:
+        for usual in at_size(op, positions, "meta", DTYPES[dtype]):
+            cases = [usual]
+            if positions != SETTINGS[-1] and op in OTHER_ARGUMENTS:
+                cases.append(_other(usual))
+            known = seen.setdefault(usual.name, set())
+            for case in cases:
+                new = [
                     Planned(case, dtype, bool(backward), architecture, launch, source, count)
-                    for (source, _), (launch, count) in grouped.items()
+                    for backward, launches in enumerate(record(case, architecture))
+                    for (source, _), (launch, count) in _grouped(launches, architecture).items()
                     if source not in known
                 ]
+                known.update(planned.source for planned in new)
+                found += new
     return found
+
+
+def _other(case: Case) -> Case:
+    changed = OTHER_ARGUMENTS[case.op]
+    name = " ".join([case.name, *(f"{key} {value}" for key, value in changed.items())])
+    return replace(case, name=name, settings=case.settings | changed)
 
 
 def record(case: Case, architecture: str) -> tuple[list[Launch], list[Launch]]:

@@ -30,10 +30,14 @@ USUAL = {
     "sm_100": Budget(0, MOST_SHARED_BYTES["sm_100"]),
 }
 
-EXCEPTIONS: dict[tuple[str, str, str, int], Budget] = {}
-"""By operation, kernel, architecture and bits of the inputs' elements."""
+_ONCE = "addresses and row factors, stored before the loop over tiles and loaded in it"
+_SMALLER = "half as many positions a tile would spill nothing and double the products' steps"
+_UPRIGHT = "float32 is made to be right rather than fast: rows of 64 for the masks' products"
+
+EXCEPTIONS: dict[tuple[str, str, str, str], Budget] = {}
+"""By operation, kernel, architecture and dtype of the case."""
 
 
-def budget(op: str, kernel: str, architecture: str, bits: int) -> Budget:
+def budget(op: str, kernel: str, architecture: str, dtype: str) -> Budget:
     """What a kernel may take."""
-    return EXCEPTIONS.get((op, kernel, architecture, bits), USUAL[architecture])
+    return EXCEPTIONS.get((op, kernel, architecture, dtype), USUAL[architecture])

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import importlib.util
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -47,7 +46,9 @@ _fused: dict[str, Callable[..., Any]] = {}
 
 def register_operators() -> None:
     """Import the kernels' files where Triton is installed, so that torch knows `torch.ops.smtc`."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
         return
     for name in FUSED:
         # By path: the package's attribute of that name is the public function.

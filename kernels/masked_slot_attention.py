@@ -15,32 +15,32 @@ the inputs, the result U and the row sums s, `[B,G,P]` float32:
     dq = scale · dS K    dbias = Σ_L dS    dK = scale · dSᵀ q    dV = Aᵀ dU
 
 Where keys are values dK + dV is summed on the chip and written once. s holds the 1e-8 of masked
-groups, so an empty group has A = dw = 0 exactly. All sums have one order on every run. Where groups
-need several programs, their dK and dV go to float32 buffers, which one sum adds.
+groups, so an empty group has A = dw = 0 exactly. All sums have one order on every run. Where the
+groups need several programs, their dK and dV go to float32 buffers, which one sum adds.
 
 With 128 frames, D 384, bf16, keys that are values, L = 256 / 1024 / 1500:
 * device memory: a stage reads the frames, 25 / 101 / 147 MB, once forward, and reads and writes
-  them once backward. At L 256 the logits of both stages, if asked for, are 42 MB of float32, queries
-  and updates 16 MB: forward 108 MB, 25 µs at 4.3 TB/s.
+  them once backward. At L 256 both stages write 10 MB of float32 logits, if asked for, and move 16
+  MB of queries and updates: 76 MB forward, 18 µs at 4.3 TB/s.
 * FLOP of both stages: 4 / 16 / 24 G forward, 10 / 40 / 59 G backward; at L 256 5 and 13 µs at
-  790 TFLOP/s, less than the bytes need. So the next tile has to be under way while one is worked on.
+  790 TFLOP/s, less than the bytes need. So the next tile must be under way while one is worked on.
 * registers with 64 rows and 8 warps: the accumulators 64 x 384 fp32 take 96 a thread, as three
   blocks of 128 (not 512). Hopper gives both warp groups all of a tile of S: 64 rows by 32 positions
-  are 16 a thread, dA as many. Backward spills up to 248 bytes with 32 positions, mostly addresses that
-  stay the same from tile to tile, stored once before the loop; with 64 it spills 436.
+  are 16 a thread, dA as many. Backward spills up to 248 bytes with 32 positions, mostly addresses
+  that stay the same from tile to tile, stored once before the loop; with 64 it spills over 400.
 * shared memory: q and dU 49 KB each, a tile of 32 positions 25 KB a stage.
 * Hopper's warp group products need 64 rows on the left. Transposed (TURNED), U is `[128,rows]` and
-  dK `[128,32]`, so they have these with 16 slots and tiles of 32 positions too; only S and dA of the
-  semantic stage, 16 rows, are left to the older instruction. sm_80 keeps all upright: a tile that
-  is read both ways is not loaded ahead there.
+  dK `[128,32]`, so they have these with 16 slots and tiles of 32 positions too; only S and dA of
+  the semantic stage, 16 rows, are left to the older instruction. sm_80 keeps all upright: a tile
+  that is read both ways is not loaded ahead there.
 * 128 programs, one a multiprocessor of an H200 (132). Fewer frames leave some of it idle.
 
 Wider frames than WIDTH_BLOCKS blocks take more programs, each of which computes S and dA anew, from
 all of D. Products of two 16-bit tensors of one dtype run in it, which is exact up to the float32
-accumulation; two dtypes meet in float32. W, A and dS become bfloat16 where they meet bfloat16, which
+accumulation; two dtypes meet in float32. W, A and dS become bfloat16 where they meet bfloat16: it
 has float32's range. float16 would lose weights near ε = 1e-8 and small gradients: there these
-products are float32, as three TF32 ones. float32 and float16 are made to be right rather than fast: a
-gradient at D 384 takes 6 or 12 programs a frame.
+products are float32, as three TF32 ones. float32 and float16 are made to be right rather than fast:
+a gradient at D 384 takes 6 or 12 programs a frame.
 """
 
 from typing import Any

@@ -1,11 +1,11 @@
 """transport_alignment without a plan: one matrix for both directions of a pair of frames.
 
 For each pair t<j of a clip `K = exp(-cost/ε)` [L,L] is built once, rows u of frame t and columns v
-of frame j. Direction (t,j) iterates on K from y = 1, direction (j,t) on Kᵀ from x' = Σ_u K, so both
+of frame j. Direction (t,j) iterates on K from y = 1, direction (j,t) on Kᵀ from y' = 1, so both
 alternate row factors with column factors, and one read of K serves both:
 
-    (t,j)   x = r_t / (K y)       y  = r_j / (Kᵀ x)      target_t[n,u] += x_u  Σ_v K_uv y_v   M_j[n,v]
-    (j,t)   y' = r_t / (K x')     x' = r_j / (Kᵀ y')     target_j[n,v] += x'_v Σ_u K_uv y'_u  M_t[n,u]
+    (t,j)  x = r_t / (K y)     y  = r_j / (Kᵀ x)    target_t[n,u] += x_u  Σ_v K_uv y_v  M_j[n,v]
+    (j,t)  y' = r_t / (K x')   x' = r_j / (Kᵀ y')   target_j[n,v] += x'_v Σ_u K_uv y'_u M_t[n,u]
 
 `_sweep` holds whole rows of K: it finds their factors and at once adds their part of the columns'
 sums. (j,t) is half a step behind: in its first sweep y' is 1, and its last y' is found by the pass
@@ -14,38 +14,39 @@ that moves the masks. I iterations are I + 1 reads of K and one write.
 K is written once and kept: recomputing it would cost 2·D FLOP an element a pass where reading costs
 2 bytes. It is bf16 for 16-bit features, also for float16, which lacks the range for e⁻⁴⁰; the sums
 use K as it was rounded. The masks times y are split in two bf16 numbers: two products, no upcast of
-K, and an error of 2⁻¹⁷ instead of 2⁻⁹ beside K's. For float32 features K is float32. Norms are taken
-once and multiply the Gram tile afterwards; there is no normalised copy.
+K, and an error of 2⁻¹⁷ instead of 2⁻⁹ beside K's. For float32 features K is float32. Norms are
+taken once and multiply the Gram tile afterwards; there is no normalised copy.
 
 The scaling form above holds where `scaling_is_safe`. Else the same passes run on the score -cost/ε
 (`LOG`): factors are logarithms, sums are relative to their largest term, partial sums are a maximum
 and a sum. The score is float32 for all features: in bf16 a score of 400 would be off by up to 1.
 
 * In passes: `_build` (a Gram tile a program), I times `_iterate` (`SPAN` rows a program) and
-  `_combine` (adds the spans' parts in their order), `_transport` (a block of rows of K a program, read
-  twice, the second time from L2), `_collect` (adds pairs and blocks of each frame in their order).
-* Up to 256 positions in one launch: `_whole` does these for one pair. Its 131 KB of K are its own and
-  lie in L1 and L2; the columns' sums stay in registers, so nothing is combined. Before a pass reads
-  what other threads of the program wrote there is a barrier. With `_measure` and `_collect` that is
-  3 launches instead of 10.
+  `_combine` (adds the spans' parts in their order), `_transport` (a block of rows of K a program,
+  read twice, the second time from L2), `_collect` (adds pairs and blocks of each frame in their
+  order).
+* Up to 256 positions in one launch: `_whole` does these for one pair. Its 131 KB of K are its own
+  and lie in L1 and L2; the columns' sums stay in registers, so nothing is combined. Before a pass
+  reads what other threads of the program wrote there is a barrier. With `_measure` and `_collect`
+  that is 3 launches instead of 10.
 
-At 32 clips of 4 frames (192 pairs), D = 384, N = 16, I = 3, bf16, L = 256 / 1024 / 1500, counted for
-790 TFLOP/s, 4.3 TB/s of device memory and 5.5 TB/s of L2 on 132 multiprocessors:
+At 32 clips of 4 frames (192 pairs), D = 384, N = 16, I = 3, bf16, L = 256 / 1024 / 1500, counted
+for 790 TFLOP/s, 4.3 TB/s of device memory and 5.5 TB/s of L2 on 132 multiprocessors:
 * Gram: 9.7 / 155 / 332 GFLOP, 12 / 196 / 420 µs. A tile of 128x256 reads 295 KB for 25 MFLOP: 1.8 /
   4.1 GB, 330 / 740 µs of L2 at 1024 / 1500, which bounds it. `_whole` has tiles of 128x128: 151 MB,
   27 µs, and 192 programs on 132 multiprocessors leave a part of these idle.
-* K is 25 / 403 / 864 MB. One write and 4 reads at 1024 / 1500: 2.0 / 4.3 GB, 470 / 1000 µs of device
-  memory; the second read of `_transport` 73 / 157 µs of L2.
+* K is 25 / 403 / 864 MB. One write and 4 reads at 1024 / 1500: 2.0 / 4.3 GB, 470 / 1000 µs of
+  device memory; the second read of `_transport` 73 / 157 µs of L2.
 * Parts: the columns' sums of a span of 128 rows are 8 bytes a column, 3 % of K a pass; the moved
   masks of a block of 256 rows are 64 bytes a column, 12 % of K, written and read.
 * Sum: 0.95 / 2.0 ms where nothing overlaps and K, of all clips at once, comes from device memory.
-  Clips in chunks whose K stays in L2 (2 at L = 1024) would read at 5.5 instead of 4.3 TB/s, but take
-  16 times 10 launches of 5 µs each, so chunks bound memory only: 512 MiB of K, 1 / 2 chunks.
-* Registers: the tile of 128x256 fp32 is 128 a thread with 8 warps. `_sweep` holds 8192 elements, 32 a
-  thread with 8 warps, in rows padded to a power of two (1500 to 2048: no bytes, a third more
+  Clips in chunks whose K stays in L2 (2 at L = 1024) would read at 5.5 instead of 4.3 TB/s, but
+  take 16 times 10 launches of 5 µs each, so chunks bound memory only: 512 MiB of K, 1 / 2 chunks.
+* Registers: the tile of 128x256 fp32 is 128 a thread with 8 warps. `_sweep` holds 8192 elements, 32
+  a thread with 8 warps, in rows padded to a power of two (1500 to 2048: no bytes, a third more
   arithmetic, which is 35 µs a pass at 1024). Its sums and factors of the columns are another 32.
 * The rows of a bf16 K begin at multiples of 128 bytes, so that 16 bytes a thread are read. Products
-  with the masks have 16 columns, the least that the tensor cores take.
+  with the masks have 16 columns, the least of `tl.dot`.
 """
 
 import math
@@ -242,8 +243,8 @@ def _sweep(
     """From one read of rows begin…end of a pair's matrix: both directions' row factors, from the
     column factors `first` and `second`, and with them the columns' sums.
 
-    In a `fresh` start (t,j) has factors 1, and (j,t) begins with its own rows, which are the columns here:
-    it needs their plain sums.
+    In a `fresh` start (t,j) has factors 1, and (j,t) begins with its own rows, which are the
+    columns here: it needs their plain sums.
     """
     column = tl.arange(0, PADDED)
     empty = tl.full([BLOCK_ROWS], NOWHERE, tl.float32)
@@ -257,7 +258,7 @@ def _sweep(
         place = kernel + (pair * positions + start) * pitch
         tile = tl.load(
             place + (tl.arange(0, BLOCK_ROWS) * pitch)[:, None] + column[None, :],
-            mask=(row < positions)[:, None] & (column < pitch - 64)[None, :],
+            mask=(row < positions)[:, None] & (column < pitch)[None, :],
             other=NOWHERE if LOG else 0.0,
         ).to(tl.float32)
         marginal = _marginal(marginals, own, row, positions, LOG)

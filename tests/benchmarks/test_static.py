@@ -105,7 +105,7 @@ def test_every_kernel_is_within_its_budget(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_wider_features_fit_every_architecture(tmp_path: Path) -> None:
     """D 768, where the tiles were chosen for 384: slower perhaps, but it must start."""
-    before = "import functools\nstatic.SETTINGS = (256,)"
+    before = "import functools\nstatic.SETTINGS = (256, 256)"
     before += "\nstatic.at_size = functools.partial(static.at_size, width=768)"
     done = bench(tmp_path / "out", before)
     assert done.returncode in (0, 1), done.stderr[-2000:]

@@ -201,6 +201,7 @@ def test_the_kernels_agree_with_the_oracle(case, dtype):
     [
         (torch.float32, 0.05, "cosine"),
         (torch.bfloat16, 0.05, "cosine"),
+        (torch.float32, 0.5, "cosine"),
         (torch.float32, 0.01, "cosine"),
         (torch.float16, 0.3, "dot"),
     ],
@@ -296,6 +297,19 @@ def test_a_bf16_matrix_costs_little(separate, request):
     exact = targets(tensors, impl="eager")
     assert difference(targets(tensors, torch.bfloat16), exact) < 2**-9
     assert difference(targets(tensors), exact) < 1e-6
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_masks_are_not_rounded_to_bf16(separate, request):
+    """Equal features make the matrix exactly 1: what remains is the product with the masks."""
+    if separate:
+        request.getfixturevalue("in_passes")
+    features = torch.ones(1, 2, 20, 8, dtype=torch.bfloat16)
+    masks = clustered_clip(1, 2, 20, 8, 3)[1].float()
+    settings = {"epsilon": 0.05, "iterations": 3}
+    found = kernels.transport_alignment(features, masks, impl="triton", **settings)
+    mean = masks.flip(1).mean(-1, keepdim=True) / 20
+    assert difference(found, mean.expand_as(found)) < 2e-5
 
 
 @pytest.mark.parametrize("positions", [40, 300])
