@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/synthetic
+WORKERS := -n auto --maxprocesses 4
 
 .PHONY: help setup train learning-table test test-slow lint bench gpu-check clean
 
@@ -29,10 +30,10 @@ learning-table: .venv/ready  ## the same over three seeds: the README's table
 	$(BIN)/python -m smtc.benchmarks.learning table --seeds 0 1 2 --output runs/learning
 
 test: lint  ## lint, types and the whole test suite
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 test-slow: .venv/ready  ## the tests that take minutes: every deliberate fault in a kernel has to be caught
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: .venv/ready  ## ruff and mypy
 	$(BIN)/ruff check .

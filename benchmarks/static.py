@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,31 +18,30 @@ import torch
 from torch import Tensor
 
 from smtc import kernels
+from smtc.benchmarks.cases import SETTINGS, Case, at_size
+from smtc.benchmarks.harness import Report, pick_operations
 from smtc.errors import UserError
 from smtc.progress import track
 
-if find_spec("triton") is None:
-    raise UserError("bench static compiles Triton kernels: pip install triton.")
-
-from smtc.benchmarks.cases import SETTINGS, Case, at_size
-from smtc.benchmarks.harness import Report, pick_operations
-from smtc.benchmarks.static_budgets import Budget, budget
-from smtc.kernels.aot import (
-    ARCHITECTURES,
-    KIB,
-    Compiled,
-    Product,
-    Source,
-    compile_source,
-    source_of,
-)
-from smtc.kernels.launching import INTERPRETED, Launch, recording
+try:
+    from smtc.benchmarks.static_budgets import Budget, budget
+    from smtc.kernels.aot import (
+        ARCHITECTURES,
+        KIB,
+        Compiled,
+        Product,
+        Source,
+        compile_source,
+        source_of,
+    )
+    from smtc.kernels.launching import INTERPRETED, Launch, recording
+except ImportError as error:
+    raise UserError(f"bench static needs Triton: pip install triton ({error}).") from error
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BITS = {"bf16": 16, "fp32": 32}
 # Arguments that choose other kernels, or other forms of them, than the usual ones: the log domain,
 # the margin loss, log-softmax.
-OTHER_ARGUMENTS = {
+OTHER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "transport_alignment": {"epsilon": 0.01, "marginals": "l1"},
     "instance_consistency": {"form": "l2_margin", "margin": 2.0},
     "mask_losses": {"delta": 0.0},
@@ -64,7 +62,7 @@ One row a kernel, setting and GPU. Compiled, not run: registers and spilled byte
 shared memory a program's, tensor-core instructions those in the machine code, occupancy the share
 of a multiprocessor's warps that fit. Bytes count each tensor of a launch once, FLOP its matrix
 products. The floor is a prediction, not a measurement: the larger of bytes / 4.3 TB/s and FLOP /
-790 TFLOP/s (132 for float32 operands), the rates of an H200, whatever GPU the row is compiled for.
+790 TFLOP/s (132 where all operands are float32), rates of an H200, whatever GPU the row is for.
 """
 
 
@@ -206,7 +204,7 @@ def _outcome(source: Source) -> Compiled | str:
 def _row(planned: Planned, found: Compiled | str) -> dict[str, Any]:
     """A row of the report; one of a kernel that does not compile has no measures."""
     launch, op = planned.launch, planned.case.op
-    allowed = budget(op, launch.name, planned.architecture, BITS[planned.dtype])
+    allowed = budget(op, launch.name, planned.architecture, planned.dtype)
     programs, moved = prod(launch.grid), unique_bytes(launch.arguments)
     row: dict[str, Any] = {
         "op": op,
@@ -228,8 +226,9 @@ def _row(planned: Planned, found: Compiled | str) -> dict[str, Any]:
     if isinstance(found, str):
         return row | {"error": found, "over": ["does not compile"]}
     wanted = wanted_tensor_cores(found, planned.architecture)
-    operand = "fp32" if any(p.operand == "f32" for p in found.products) else "bf16"
-    floor = max(moved / BYTES_PER_SECOND, launch.flops / FLOP_PER_SECOND[operand])
+    operands = {product.operand for product in found.products}
+    rate = FLOP_PER_SECOND["fp32" if operands == {"f32"} else "bf16"]
+    floor = max(moved / BYTES_PER_SECOND, launch.flops / rate)
     return row | {
         "warps": found.warps,
         "registers": found.registers,
@@ -241,7 +240,7 @@ def _row(planned: Planned, found: Compiled | str) -> dict[str, Any]:
         "products": [str(product) for product in found.products],
         "narrow_loads": found.narrow_loads,
         "roofline_us": round(1e6 * floor, 2),
-        "budget_tensor_core_kinds": [] if allowed.slower_products else sorted(wanted),
+        "budget_tensor_core_kinds": sorted(wanted),
         "over": over(found, allowed, wanted),
     }
 
@@ -256,12 +255,11 @@ def over(found: Compiled, allowed: Budget, wanted: set[str]) -> list[str]:
     if found.shared_bytes > allowed.shared_bytes:
         said.append(f"shared {found.shared_bytes} B of {allowed.shared_bytes}")
     present = set(found.tensor_cores)
-    if not allowed.slower_products:
-        # HMMA is the oldest kind: any other may stand for it.
-        missing = {kind for kind in wanted - present if kind != "HMMA" or not present}
-        said += [f"no {kind}" for kind in sorted(missing)]
-        if "HMMA" in present - wanted:
-            said.append("HMMA where a faster kind is possible")
+    # HMMA is the oldest kind: any other may stand for it.
+    missing = {kind for kind in wanted - present if kind != "HMMA" or not present}
+    said += [f"no {kind}" for kind in sorted(missing)]
+    if "HMMA" in present - wanted:
+        said.append("HMMA where a faster kind is possible")
     return said
 
 

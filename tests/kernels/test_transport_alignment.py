@@ -24,8 +24,8 @@ from smtc.kernels import eager, launching, reference, tuning
 fused = importlib.import_module("smtc.kernels.transport_alignment")
 
 CLUSTERED = (2, 4, 40, 16, 5)
-ONE_LAUNCH = {"_measure", "_whole", "_collect"}
-PASSES = {"_measure", "_build", "_iterate", "_combine", "_transport", "_collect"}
+ONE_LAUNCH = {"measure", "whole", "collect"}
+PASSES = {"measure", "build", "iterate", "combine", "transport", "collect"}
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_matrix_is_bf16_only_in_the_scaling_form():
     def stored(dtype, epsilon):
         with launching.watch() as seen:
             targets(clustered_clip(1, 2, 5, 4, 2), dtype, epsilon=epsilon)
-        (whole,) = (launch for launch in seen if launch.name == "_whole")
+        (whole,) = (launch for launch in seen if launch.name == "whole")
         return whole.arguments[4].dtype
 
     assert stored(torch.bfloat16, 0.05) == stored(torch.float16, 0.05) == torch.bfloat16
@@ -252,7 +252,7 @@ def test_few_positions_are_one_program_a_pair():
 
     few, grids = launched(20)
     assert few == ONE_LAUNCH
-    assert grids["_whole"] == (2 * 3,)
+    assert grids["whole"] == (2 * 3,)
     assert launched(257)[0] == PASSES
 
 
@@ -324,7 +324,7 @@ def test_chunks_of_clips_do_not_change_a_bit(positions, monkeypatch):
     monkeypatch.setattr(fused.tuning, "options", tight)
     with launching.watch() as seen, poisoned_memory():
         assert torch.equal(targets(tensors, torch.bfloat16), whole)
-    assert sum(launch.name == "_collect" for launch in seen) == 3
+    assert sum(launch.name == "collect" for launch in seen) == 3
 
 
 @pytest.mark.parametrize("separate", [False, True])

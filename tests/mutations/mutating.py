@@ -1,6 +1,7 @@
 """A pytest plugin that imports one kernel file with a fault in it.
 
-`SMTC_MUTATION` names a JSON file: the operation, the source line to replace and its replacement.
+`SMTC_MUTATION` names a JSON file: the kernel file's name, the source to replace, its replacement,
+and where the faulty copy goes.
 """
 
 import importlib.abc
@@ -17,14 +18,14 @@ FOLDER = Path(__file__).resolve().parent.parent.parent / "kernels"
 
 
 class FaultyFile(importlib.abc.MetaPathFinder):
-    """Finds `smtc.kernels.<op>` in a copy with the fault."""
+    """Finds `smtc.kernels.<name>` in a copy with the fault."""
 
-    def __init__(self, op: str, old: str, new: str, copy: Path) -> None:
-        source = (FOLDER / f"{op}.py").read_text(encoding="utf-8")
+    def __init__(self, name: str, old: str, new: str, copy: Path) -> None:
+        source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
         if source.count(old) < 1:
-            raise ValueError(f"kernels/{op}.py has no {old!r}: adapt the table of mutations")
+            raise ValueError(f"kernels/{name}.py has no {old!r}: adapt the table of mutations")
         copy.write_text(source.replace(old, new), encoding="utf-8")
-        self.name, self.copy = f"smtc.kernels.{op}", copy
+        self.name, self.copy = f"smtc.kernels.{name}", copy
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None

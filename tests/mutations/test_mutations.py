@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Fault(NamedTuple):
-    """A source line of `kernels/<op>.py` and what stands there instead."""
+    """A source line of `kernels/<op>.py`, or of `file`, and what stands there instead."""
 
     op: str
     what: str
     old: str
     new: str
+    file: str = ""
 
 
 FAULTS = [
@@ -160,26 +161,48 @@ FAULTS = [
         "slope = (tl.reshape(slope, [GROUPS, SLOTS, BLOCK]) - mean) * (share * counted)",
         "slope = tl.reshape(slope, [GROUPS, SLOTS, BLOCK]) * (share * counted)",
     ),
+    Fault(
+        "transport_alignment",
+        "transports along the transposed plan",
+        "        y = tl.where(fresh, 0.0 if LOG else 1.0, y)\n",
+        "",
+        file="transport_passes",
+    ),
+    Fault(
+        "transport_alignment",
+        "takes the masks of the wrong frame",
+        "begin = tl.where(frame < other, 0, 1)",
+        "begin = tl.where(frame < other, 1, 0)",
+        file="transport_passes",
+    ),
+    Fault(
+        "transport_alignment",
+        "loses the columns' factor",
+        "added *= second[:, None]",
+        "added *= 1.0",
+        file="transport_passes",
+    ),
+    Fault(
+        "transport_alignment",
+        "lets places outside the matrix count",
+        "return tl.where(inside, (score - shift) * slope, NOWHERE)",
+        "return (score - shift) * slope",
+        file="transport_passes",
+    ),
 ]
 
 
-def run(tmp_path: Path, op: str, old: str, new: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, fault: Fault) -> subprocess.CompletedProcess[str]:
     """The operation's tests of its kernel, with the fault."""
     mutation = tmp_path / "mutation.json"
-    copy = tmp_path / f"{op}.py"
-    mutation.write_text(json.dumps({"op": op, "old": old, "new": new, "copy": str(copy)}))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "mutating",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += [f"tests/kernels/test_{op}.py", "-k", "the_kernel"]
+    name = fault.file or fault.op
+    copy = tmp_path / f"{name}.py"
+    mutation.write_text(
+        json.dumps({"name": name, "old": fault.old, "new": fault.new, "copy": str(copy)})
+    )
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "mutating"]
+    command += ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [f"tests/kernels/test_{fault.op}.py", "-k", "the_kernel"]
     environment = os.environ | {
         "SMTC_MUTATION": str(mutation),
         "PYTHONPATH": str(Path(__file__).parent),
@@ -194,7 +217,7 @@ def run(tmp_path: Path, op: str, old: str, new: str) -> subprocess.CompletedProc
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.op} {fault.what}")
 def test_a_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
-    done = run(tmp_path, fault.op, fault.old, fault.new)
+    done = run(tmp_path, fault)
     assert done.returncode == 1, done.stdout + done.stderr  # 1: tests ran and failed
     assert "FAILED" in done.stdout
 
@@ -202,6 +225,6 @@ def test_a_fault_is_noticed(fault: Fault, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", sorted({fault.op for fault in FAULTS}))
 def test_without_a_fault_the_same_tests_pass(op: str, tmp_path: Path) -> None:
-    line = next(fault.old for fault in FAULTS if fault.op == op)
-    done = run(tmp_path, op, line, line)
+    fault = next(fault for fault in FAULTS if fault.op == op)
+    done = run(tmp_path, fault._replace(new=fault.old))
     assert done.returncode == 0, done.stdout + done.stderr

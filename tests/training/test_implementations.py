@@ -63,7 +63,7 @@ def test_every_operation_of_a_step_is_fused(runs: Any) -> None:
     files = {launch.kernel.fn.__module__.rpartition(".")[2] for launch in runs["triton"][1]}
     assert files >= {
         "masked_slot_attention",
-        "transport_alignment",
+        "transport_passes",
         "mask_losses",
         "instance_consistency",
     }, names
