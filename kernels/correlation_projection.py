@@ -9,19 +9,17 @@ Forward and every gradient are one form, a chain of two products summed over som
     dR   [R,M,D]   X = weightᵀ          Y = grad[b]          Z = query[b]       {b : i_b = o}
     dWᵀ  [M,E]     X = reference[i_b]   Y = query[b]         Z = grad[b]        all b
 
-with i = index. A program owns `BLOCK_ROWS` rows of one `out[o]` and up to four column blocks of it.
+with i = index. A program owns `BLOCK_ROWS` rows of one `out[o]` and up to three column blocks of it.
 It walks over the inner dimension in tiles: a tile `X Yᵀ` is summed over K in float32, rounded to
 the operands' dtype, multiplied with Z's tile and forgotten. So nothing of size L×M exists, the
 reference is read where it lies (no gathered copy), and sums have one order on every run: dR walks
 over the frames of its reference in ascending order, dW over SPLITS parts of the batch, then added.
 
-At B 128, L = M = 256, D = E = 384, bf16, with 64 rows and 64 inner positions a tile:
+At B 128, L = M = 256, D = E = 384, bf16, with 64 rows and 64 inner positions a tile (32 on sm_80):
 * accumulators 64 x 384 fp32 = 98 KB of registers, 96 a thread with 8 warps; the tile 64 x 64 adds
-  16. D = 384 is three blocks of 128, not 512. The three operand tiles a step, 64 x 64 and
-  64 x 384 in bf16, take 16 + 49 KB of shared memory a stage.
-* 512 programs, 4 tiles each. A tile reads X and Y (49 KB each) and Z (49 KB), from L2: 295 MB in
-  all, 54 µs at 5.5 TB/s of L2 where the 12.9 GFLOP need 16 µs: more rows a program halve the
-  bytes of Y and Z but spill on sm_80 and sm_90 (128 rows: 192 registers of accumulators).
+  16. D = 384 is three blocks of 128, not 512. 128 rows spill on every architecture.
+* 512 programs, 4 tiles each. A tile reads X, Y and Z, 49 KB each, from L2: 295 MB in all, 54 µs at
+  5.5 TB/s of L2, where the 12.9 GFLOP need 16 µs at 790 TFLOP/s.
 * device memory: query, reference, out and weight once, 51 MB, 12 µs.
 Backward recomputes: 6 products of 2·B·L·M·D FLOP where storing the correlation would need 4.
 
@@ -42,9 +40,9 @@ from .launching import launch
 from .registration import register
 from .triton_helpers import dot, rounded
 
-# Column blocks whose accumulators one program holds; wider results take more programs, each of
-# which computes the correlation anew.
-COLUMN_BLOCKS = 4
+# Column blocks whose accumulators one program holds: three and a tile fill sm_100's tensor memory.
+# Wider results take more programs, each of which computes the correlation anew.
+COLUMN_BLOCKS = 3
 # Parts of the batch whose weight gradients are summed apart, so that enough programs run.
 SPLITS = 32
 
