@@ -93,6 +93,7 @@ def test_a_kernel_that_does_not_compile_ends_with_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_kernel_is_within_its_budget(tmp_path: Path) -> None:
     done = bench(tmp_path / "out")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -113,6 +114,7 @@ def test_every_kernel_is_within_its_budget(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_wider_features_fit_every_architecture(tmp_path: Path) -> None:
     """D 768, where the tiles were chosen for 384: slower perhaps, but it must start."""
     before = "import functools\nstatic.SETTINGS = (256, 256)"

@@ -106,6 +106,7 @@ def main() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_kernel_compiles_at_sizes_of_one() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__))]

@@ -84,11 +84,11 @@ def test_a_run_goes_on_with_the_other_implementation(
     runs: Any, tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(impl: str) -> Run:
-        settings = SETTINGS | {"model__impl": impl, "train__checkpoint_every": 10}
+        settings = SETTINGS | {"model__impl": impl, "train__checkpoint_every": 17}
         return train(with_output(tiny_config, tmp_path / "run", **settings))
 
     with monkeypatch.context() as patch:
-        interrupt(patch, 10)
+        interrupt(patch, 17)
         with pytest.raises(StoppedError):
             run("eager")
     last, expected = run("triton").metrics[-1], runs["eager"][0].metrics[-1]
