@@ -9,7 +9,7 @@ Forward and every gradient are one form, a chain of two products summed over som
     dR   [R,M,D]   X = weightᵀ          Y = grad[b]          Z = query[b]       {b : i_b = o}
     dWᵀ  [M,E]     X = reference[i_b]   Y = query[b]         Z = grad[b]        all b
 
-with i = index. A program owns `BLOCK_ROWS` rows of one `out[o]` and up to three column blocks of it.
+with i = index. A program owns `BLOCK_ROWS` rows of one `out[o]` and up to three column blocks.
 It walks over the inner dimension in tiles: a tile `X Yᵀ` is summed over K in float32, rounded to
 the operands' dtype, multiplied with Z's tile and forgotten. So nothing of size L×M exists, the
 reference is read where it lies (no gathered copy), and sums have one order on every run: dR walks
@@ -63,19 +63,19 @@ def _chain(
     x, y, z, out, bias, order, segments, index, frames, per_segment, rows, inner, width, columns,
     x_batch, x_row, x_column, y_batch, y_row, y_column, z_batch, z_row, z_column,
     out_batch, out_row,
-    X_FRAME: tl.constexpr, Y_FRAME: tl.constexpr, Z_FRAME: tl.constexpr,
+    X_FRAME: tl.constexpr, Y_FRAME: tl.constexpr, Z_FRAME: tl.constexpr, ROW_BLOCKS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_INNER: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Rows `program_id(0)` of result `program_id(1)`, column blocks `program_id(2)`.
+    """A block of rows of a result, `program_id(0)`, and column blocks `program_id(1)`.
 
     Its segment is `order[segments[result] : segments[result + 1]]`, or without them `per_segment`
     frames in a row. {X,Y,Z}_FRAME tell which frame of an operand belongs to frame b: "own" is b,
     "reference" is index[b], "shared" is the only one.
     """
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
-    result = tl.program_id(1).to(tl.int64)
-    first_column = tl.program_id(2) * BLOCK_COLUMNS * COLUMN_BLOCKS
+    row = tl.program_id(0) % ROW_BLOCKS * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    result = (tl.program_id(0) // ROW_BLOCKS).to(tl.int64)
+    first_column = tl.program_id(1) * BLOCK_COLUMNS * COLUMN_BLOCKS
     if segments is not None:
         begin = tl.load(segments + result)
         end = tl.load(segments + result + 1)
@@ -161,17 +161,17 @@ def _start(
     chosen = tuning.options("correlation_projection", x.tensor, rows)
     block = min(chosen["BLOCK_COLUMNS"], max(16, triton.next_power_of_2(columns)))
     blocks = min(COLUMN_BLOCKS, triton.cdiv(columns, block))
-    grid = (
-        triton.cdiv(rows, chosen["BLOCK_ROWS"]), results, triton.cdiv(columns, blocks * block),
-    )  # fmt: skip
+    # Programs of one result are neighbours: they read the same tiles, from L2.
+    row_blocks = triton.cdiv(rows, chosen["BLOCK_ROWS"])
+    grid = (results * row_blocks, triton.cdiv(columns, blocks * block))
     order, bounds = (None, None) if isinstance(segments, int) else segments
     launch(
         _chain, grid, x.tensor, y.tensor, z.tensor, out, bias, order, bounds, index, frames,
         segments if isinstance(segments, int) else 0, rows, inner, width, columns,
         *x.tensor.stride(), *y.tensor.stride(), *z.tensor.stride(), *out.stride()[:2],
-        X_FRAME=x.frame, Y_FRAME=y.frame, Z_FRAME=z.frame,
+        X_FRAME=x.frame, Y_FRAME=y.frame, Z_FRAME=z.frame, ROW_BLOCKS=row_blocks,
         **chosen | {"BLOCK_COLUMNS": block, "COLUMN_BLOCKS": blocks},
-        flops=2 * frames * rows * inner * (width * grid[2] + columns),
+        flops=2 * frames * rows * inner * (width * grid[1] + columns),
     )  # fmt: skip
     return out
 
