@@ -99,6 +99,10 @@ def run(
     if not jobs:
         raise UserError("None of these --providers computes any of these --ops.")
     report = Report(output / "kernels.json")
+    if device == "cpu":
+        # Threads that wait for each other on shared cores made small calls 200 times slower.
+        torch.set_num_threads(1)
+        print("Timing plain torch on one thread; the kernels are timed on a CUDA device only.")
     bench = _Bench(report, device, clips or (GPU_CLIPS if device == "cuda" else CPU_CLIPS), seconds)
     with (
         torch.cuda.stream(bench.stream) if bench.stream else nullcontext(),

@@ -28,6 +28,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 Row = dict[str, Any]
 
 
+LEGEND = (
+    "Relative errors in the L2 norm against the oracle in float64, the largest of an operation's "
+    "cases (of an exact 0: absolute). Of tolerance: 1 is the limit. Worst case: its sizes, in the "
+    "order of benchmarks/cases.py."
+)
+
+
 def run(
     output: Path,
     *,
@@ -62,7 +69,7 @@ def run(
             print(f"Out of time before {op} {dtype}: {len(jobs) - len(report.rows)} cases left.")
             break
         report.add(check(case, dtype, impl, device))
-    print(table(report.rows))
+    print(f"{LEGEND}\n\n{table(report.rows)}")
     missed = [row for row in report.rows if not row["passed"]]
     for row in missed[:10]:
         print(f"MISS {row['op']} {row['dtype']} {row['case']}: {why(row)}")
@@ -148,7 +155,7 @@ def table(rows: Sequence[Row]) -> str:
     """Markdown: the worst error of each operation and dtype over its cases."""
     lines = [
         "| operation | dtype | forward | gradient | eager's forward | eager's gradient "
-        "| of tolerance | worst case | |",
+        "| of tolerance | worst case | result |",
         "|---" * 9 + "|",
     ]
     groups: dict[tuple[str, str], list[Row]] = {}

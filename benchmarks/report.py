@@ -57,7 +57,7 @@ def _sections(found: dict[str, Any]) -> list[str]:
         if name == "kernels":
             parts += [summary(rows), kernel_tables(rows)]
         elif name == "parity":
-            parts.append(parity.table(rows))
+            parts += [parity.LEGEND, parity.table(rows)]
         elif name == "static":
             parts.append(static_table(rows))
         else:
@@ -137,6 +137,12 @@ def kernel_tables(rows: Sequence[Row]) -> str:
         cells += [_speedup(own), _share(own)]
         lines.append(f"| {op} | {case} | {direction} | {' | '.join(cells)} |")
     ceilings = [
+        "Median milliseconds of a call, in brackets of a replayed CUDA graph. L: positions a "
+        "frame; plain: the equations, literally; triton / eager: how many times faster than the "
+        "best eager form; of roofline: the kernels' share of the measured ceilings.",
+        "",
+    ]
+    ceilings += [
         f"Measured ceilings: {row['case']} {row['median']:.4g} {row['unit']}."
         for row in rows
         if "op" not in row

@@ -71,7 +71,7 @@ def run(
     """
     if not torch.cuda.is_available():
         raise UserError(
-            "bench tune times the kernels and needs a CUDA device; the launch table stays."
+            "bench tune needs a CUDA device to time the kernels on; run it on a machine with a GPU."
         )
     device = pick_device("cuda")
     pick_providers(("triton",), device)

@@ -7,20 +7,21 @@ Forward and every gradient are one form, a chain of two products summed over som
     out  [B,L,E]   X = query[b]         Y = reference[i_b]   Z = weightᵀ        segment {o}
     dQ   [B,L,D]   X = grad[b]          Y = weightᵀ          Z = reference[i_b] segment {o}
     dR   [R,M,D]   X = weightᵀ          Y = grad[b]          Z = query[b]       {b : i_b = o}
-    dWᵀ  [M,E]     X = reference[i_b]   Y = query[b]         Z = grad[b]        all b
+    dWᵀ  [M,E]     X = reference[i_b]   Y = query[b]         Z = grad[b]        all b, in parts
 
-with i = index. A program owns `BLOCK_ROWS` rows of one `out[o]` and up to three column blocks.
-It walks over the inner dimension in tiles: a tile `X Yᵀ` is summed over K in float32, rounded to
-the operands' dtype, multiplied with Z's tile and forgotten. So nothing of size L×M exists, the
-reference is read where it lies (no gathered copy), and sums have one order on every run: dR walks
-over the frames of its reference in ascending order, dW over SPLITS parts of the batch, then added.
+with i = index; the letters are those of `ops.py`. A program owns `BLOCK_ROWS` rows of one `out[o]`
+and up to three column blocks. It walks over the inner dimension in tiles: a tile `X Yᵀ` is summed
+over K in float32, rounded to the operands' dtype (as eager's correlation is), multiplied with Z's
+tile and forgotten. So nothing of size L×M exists, the reference is read where it lies (no gathered
+copy), and sums have one order on every run: dR walks over the frames of its reference in ascending
+order, dW over SPLITS parts of the batch, then added.
 
 At B 128, L = M = 256, D = E = 384, bf16, with 64 rows and 64 inner positions a tile (32 on sm_80):
 * accumulators 64 x 384 fp32 = 98 KB of registers, 96 a thread with 8 warps; the tile 64 x 64 adds
   16. D = 384 is three blocks of 128, not 512. 128 rows spill on every architecture.
-* 512 programs, 4 tiles each. A tile reads X, Y and Z, 49 KB each, from L2: 295 MB in all, 54 µs at
+* 512 programs, 4 tiles each. A tile reads X, Y and Z, 49 KB each, from L2: 302 MB in all, 55 µs at
   5.5 TB/s of L2, where the 12.9 GFLOP need 16 µs at 790 TFLOP/s.
-* device memory: query, reference, out and weight once, 51 MB, 12 µs.
+* device memory: frames (query and reference are one tensor), out and weight once, 51 MB, 12 µs.
 Backward recomputes: 6 products of 2·B·L·M·D FLOP where storing the correlation would need 4.
 
 Where `projects_reference_first` says that `Q (W R)ᵀ` costs less (L > D), forward and backward are
@@ -55,7 +56,7 @@ def _frame(KIND: tl.constexpr, own, referred):
     elif KIND == "reference":
         return referred
     else:
-        return own * 0
+        return own * 0  # in the type of a frame's number
 
 
 @triton.jit
@@ -82,6 +83,7 @@ def _chain(
     else:
         begin = result * per_segment
         end = tl.minimum(begin + per_segment, frames)
+    # A tuple, since Triton has no arrays of tiles: each block keeps its own registers.
     sums = ()
     for _ in tl.static_range(COLUMN_BLOCKS):
         sums = sums + (tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32),)
@@ -290,6 +292,7 @@ def _fake_backward(
     return first, second, third
 
 
+# The reassociated order is also the form in plain torch.
 _operator = register("correlation_projection", _forward, _reassociated, _fake)
 _operator_backward = register(
     "correlation_projection_backward", _backward, _reassociated_backward, _fake_backward

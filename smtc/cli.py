@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print(
-            "smtc: stopped. `smtc train`, repeated, goes on from its last checkpoint, if any.",
+            _STOPPED.get(next(iter(arguments), ""), "smtc: stopped."),
             file=sys.stderr,
         )
         sys.exit(130)
@@ -422,6 +422,10 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench static": _bench_static,
     "bench tune": _bench_tune,
     "bench report": _bench_report,
+}
+_STOPPED = {
+    "train": "smtc: stopped. The same command goes on from its last checkpoint, if any.",
+    "bench": "smtc: stopped. What was finished is in the --output folder.",
 }
 _GROUPS = {
     "evaluate": ("discovery",),
