@@ -1,6 +1,8 @@
 """Holding an operation against the oracle: the same numbers, one in float64."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,3 +130,17 @@ def _converted(
         if value is not None
     }
     return [None if value is None else done[id(value)] for value in inputs]
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh tensors are full of NaN, so that a result that was not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    with warnings.catch_warnings():
+        # Of operations without a deterministic form, which are none of ours.
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)

@@ -7,9 +7,7 @@ Errors are relative in the L2 norm; beside each stands plain torch's own error i
 import functools
 import math
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 
 from smtc import kernels
 from smtc.benchmarks.cases import Case, parity_cases
-from smtc.benchmarks.comparison import Errors, against_oracle
+from smtc.benchmarks.comparison import Errors, against_oracle, poisoned_memory
 from smtc.benchmarks.harness import Report, pick_device, pick_operations
 from smtc.errors import UserError
 from smtc.kernels.dispatch import obstacle
@@ -93,7 +91,7 @@ def check(case: Case, dtype: str, impl: str, device: str) -> Row:
     row: Row = {"op": case.op, "case": case.name, "dtype": dtype, "provider": impl}
     row["device"] = device
     try:
-        with _poisoned_memory():
+        with poisoned_memory():
             found = _errors(case, dtype, impl, device)
         plain = found if impl == "eager" else _errors(case, dtype, "eager", device)
     except Exception as error:
@@ -117,20 +115,6 @@ def _errors(case: Case, dtype: str, impl: str, device: str) -> list[Errors]:
         device=device,
         **case.settings,
     )
-
-
-@contextmanager
-def _poisoned_memory() -> Iterator[None]:
-    """Fresh tensors are full of NaN, so that a result that was not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    with warnings.catch_warnings():
-        # Of operations without a deterministic form, which are none of ours.
-        warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
 
 
 def _largest(found: list[Errors], what: str) -> float | None:

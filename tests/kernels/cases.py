@@ -30,7 +30,13 @@ from smtc.benchmarks.cases import (  # noqa: F401
     uniform,
     unit,
 )
-from smtc.benchmarks.comparison import TOLERANCE, against_oracle, errors, run  # noqa: F401
+from smtc.benchmarks.comparison import (  # noqa: F401
+    TOLERANCE,
+    against_oracle,
+    errors,
+    poisoned_memory,
+    run,
+)
 from smtc.kernels import eager, launching
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -47,18 +53,6 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: f
     """Hold `actual` against the oracle's `expected`, with `factor` times the tolerance."""
     found = errors("result", actual, expected, dtype, factor)
     assert found.of_tolerance <= 1, found
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors are full of NaN, so that a result that was not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 @contextmanager
