@@ -167,6 +167,8 @@ def _start(
     row_blocks = triton.cdiv(rows, chosen["BLOCK_ROWS"])
     grid = (results * row_blocks, triton.cdiv(columns, blocks * block))
     order, bounds = (None, None) if isinstance(segments, int) else segments
+    # The kernel walks these two without a stride.
+    bias, index = (None if given is None else given.contiguous() for given in (bias, index))
     launch(
         _chain, grid, x.tensor, y.tensor, z.tensor, out, bias, order, bounds, index, frames,
         segments if isinstance(segments, int) else 0, rows, inner, width, columns,

@@ -32,8 +32,12 @@ FUSED = (
 )
 """The files of kernels, each named like its operation."""
 
-MOST_SLOTS = 128
-"""The most slots whose Gram matrix the kernel of mask_losses holds on the chip."""
+MOST_SLOTS = {
+    "masked_slot_attention": (0, 2, 256),
+    "transport_alignment": (1, 2, 128),
+    "mask_losses": (0, 2, 128),
+}
+"""The most slots that a program of a kernel has room for: which tensor, its axis, how many."""
 
 # Operations whose kernels are in another one's file.
 FILES = {"active_negatives": "instance_consistency"}
@@ -63,7 +67,7 @@ def implementation(op: str, impl: str, *tensors: Tensor | None) -> Callable[...,
         raise ValueError(f"{op}: impl: expected one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
     given = [tensor for tensor in tensors if tensor is not None]
     if impl == "triton":
-        reason = _obstacle(given)
+        reason = _obstacle(op, given)
         if reason is not None:
             raise ValueError(f'{op}: impl: "triton" {reason}; use "eager" or "auto"')
         return _fused[op]
@@ -93,7 +97,10 @@ def obstacle(device: torch.device) -> str | None:
     return f"needs a CUDA device (or, on a CPU, TRITON_INTERPRET=1), got {device.type}"
 
 
-def _obstacle(tensors: list[Tensor]) -> str | None:
+def _obstacle(op: str, tensors: list[Tensor]) -> str | None:
+    place, axis, most = MOST_SLOTS.get(op, (0, 0, None))
+    if most is not None and tensors[place].shape[axis] > most:
+        return f"takes at most {most} slots, got {tensors[place].shape[axis]}"
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "computes in float32, and an input is float64"
     return obstacle(tensors[0].device)
@@ -106,9 +113,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _chosen(op: str, tensors: list[Tensor]) -> str:
     """What "auto" runs: the kernels on a GPU, where they pay; the interpreter is never chosen."""
-    if tensors[0].device.type != "cuda" or _obstacle(tensors) is not None:
-        return "eager"
-    if op == "mask_losses" and tensors[0].shape[2] > MOST_SLOTS:
+    if tensors[0].device.type != "cuda" or _obstacle(op, tensors) is not None:
         return "eager"
     return "triton" if tensors[0].numel() >= SMALLEST.get(op, 0) else "eager"
 

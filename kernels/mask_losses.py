@@ -39,7 +39,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .dispatch import MOST_SLOTS
 from .launching import launch
 from .precision import upcast
 from .registration import register
@@ -339,9 +338,5 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 
 def mask_losses(logits: Tensor, targets: Tensor, *, delta: float = 1e-8) -> tuple[Tensor, Tensor]:
     """The operation of `ops.py`, fused."""
-    slots = logits.shape[2]
-    if slots > MOST_SLOTS:
-        expected = f'N of at most {MOST_SLOTS} in the kernels, got {slots}; use "eager"'
-        raise ValueError(f"mask_losses: logits: expected {expected}")
     alignment, regularisation, _, _ = _operator(logits, targets, float(delta))
     return alignment, regularisation

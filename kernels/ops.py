@@ -7,8 +7,9 @@ autocast says. A batch of 0 gives empty results and losses of 0. A wrong argumen
 that names it, what was expected and what came.
 
 `impl` chooses the implementation: "eager" is plain torch; "triton" the fused kernels, which need a
-CUDA device (or TRITON_INTERPRET=1) and no float64, else a `ValueError`; "auto" the kernels where
-they can run and pay, else eager, and says so once in the log "smtc".
+CUDA device (or TRITON_INTERPRET=1), no float64 and not more slots than `dispatch.MOST_SLOTS`, else
+a `ValueError`; "auto" the kernels where they can run and pay, else eager, and says so once in the
+log "smtc". The kernels have gradients of the first order, in reverse mode only.
 """
 
 from typing import Literal
@@ -46,8 +47,8 @@ def correlation_projection(
         weight: `[E,M]`, cast to the query's dtype.
         bias: `[E]` or None, cast likewise.
         index: `[B]` int64, the reference of each query, in 0…R-1; repeats are allowed. None: R = B,
-            each its own. On a GPU its range is left to the gather's own assertion: reading it here
-            would stall the device.
+            each its own. On a GPU, and when compiled, its range is not checked, since reading it
+            would stall the device: a number beyond it reads memory that is no reference.
 
     Returns:
         `[B,L,E]` in the query's dtype.
@@ -221,7 +222,7 @@ def mask_losses(
     are constants.
 
     Args:
-        logits: `[B,T,N,L]`; the kernel takes N up to 128.
+        logits: `[B,T,N,L]`.
         targets: `[B,T,N,L]`, of `transport_alignment`.
         delta: δ ≥ 0; at 0 the logarithm is the log-softmax.
 

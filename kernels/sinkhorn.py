@@ -384,7 +384,8 @@ def _log2(marginal: Tensor) -> Tensor:
 
 def _slope(epsilon: float) -> float:
     """Scores to base 2 of a cost of 1."""
-    return -1 / (LN_2 * epsilon)
+    # Never 0 in float32: beyond the edge it multiplies infinity.
+    return -max(1 / (LN_2 * epsilon), torch.finfo(torch.float32).tiny)
 
 
 def _forward(

@@ -208,6 +208,8 @@ def _in_passes(
         _combined(partial, marginals, columns, frames, log)
 
     last = tuning.options("transport_alignment.transport", kernel, positions)
+    # With more slots the accumulators stay as large as with 64.
+    last["BLOCK_ROWS"] = max(16, last["BLOCK_ROWS"] * 64 // max(64, _padded(slots)))
     blocks = triton.cdiv(positions, last["BLOCK_ROWS"])
     parts = marginals.new_empty(pairs, 1 + blocks, slots, pitch)
     launch(

@@ -40,7 +40,9 @@ def options(kernel: str, tensor: Tensor, size: int) -> dict[str, int]:
     wanted = architecture(tensor)
     known = {row.architecture for row in rows}
     if wanted not in known:
-        older = [name for name in known - {"interpreter"} if _number(name) <= _number(wanted)]
+        # sm_120 has the shared memory of sm_86, not that of sm_100.
+        newest = 80 if _number(wanted) >= 120 else _number(wanted)
+        older = [name for name in known - {"interpreter"} if _number(name) <= newest]
         wanted = max(older, key=_number)
     bits = 16 if tensor.dtype in (torch.bfloat16, torch.float16) else 32
     for row in rows:

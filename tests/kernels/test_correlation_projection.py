@@ -149,6 +149,17 @@ def test_views_are_read_where_they_lie(monkeypatch):
     torch.testing.assert_close(actual, expected[0][0])
 
 
+def test_bias_and_index_are_read_through_their_strides():
+    tensors = [t.float() for t in correlation_inputs((3, 10, 7, 12, 20, 9, None))]
+    index = torch.tensor([5, 9, 5, 9, 0, 9])[::2]
+    for bias in (torch.randn(9, 2)[:, 0], torch.randn(1).expand(9)):
+        actual, expected = (
+            kernels.correlation_projection(*tensors[:3], bias, index=index, impl=impl)
+            for impl in ("triton", "eager")
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_an_expanded_reference_gets_its_summed_gradient():
     query, source, weight, _ = (t.float() for t in correlation_inputs(SMALL))
     one = source[:1]

@@ -89,6 +89,22 @@ def test_triton_never_falls_back(op, monkeypatch):
         call(op, impl="triton")
 
 
+@pytest.mark.parametrize(
+    ("op", "place", "shape", "most"),
+    [
+        ("mask_losses", (0, 1), (1, 2, 129, 3), 128),
+        ("transport_alignment", (1,), (2, 3, 129, 6), 128),
+        ("masked_slot_attention", (0,), (2, 1, 257, 4), 256),
+    ],
+)
+def test_more_slots_than_a_program_has_room_for(op, place, shape, most):
+    tensors, settings = CALLS[op]
+    tensors = [torch.rand(shape) if k in place else t.float() for k, t in enumerate(tensors)]
+    with pytest.raises(ValueError, match=rf'{op}: impl: "triton" takes at most {most} slots'):
+        getattr(kernels, op)(*tensors, **settings, impl="triton")
+    getattr(kernels, op)(*tensors, **settings)
+
+
 def test_auto_takes_the_kernels_on_a_gpu_where_they_pay(monkeypatch):
     class OnGpu:
         device = torch.device("cuda")

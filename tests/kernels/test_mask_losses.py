@@ -287,7 +287,7 @@ def test_offsets_past_two_to_the_31st(axis):
 def test_the_next_call_after_an_error_works():
     tensors = low(SMALL, torch.float32)
     expected = kernels.mask_losses(*tensors, impl="triton")
-    with pytest.raises(ValueError, match=r"mask_losses: logits: .*at most 128 .*got 129; use"):
+    with pytest.raises(ValueError, match=r"mask_losses: impl: .*at most 128 .*got 129; use"):
         kernels.mask_losses(torch.zeros(1, 1, 129, 2), torch.zeros(1, 1, 129, 2), impl="triton")
     for one, other in zip(kernels.mask_losses(*tensors, impl="triton"), expected, strict=True):
         assert torch.equal(one, other)

@@ -360,3 +360,12 @@ def test_sizes_of_one_compile():
     found = dict(line.split() for line in done.stdout.splitlines())
     assert set(found.values()) == {"0"}
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_an_epsilon_beyond_float32_gives_the_product_of_the_marginals(impl):
+    rows, columns = torch.full((1, 4), 1 / 4), torch.full((1, 5), 1 / 5)
+    plan = kernels.sinkhorn(
+        torch.rand(1, 4, 5), rows, columns, epsilon=1e46, iterations=1, impl=impl
+    )
+    torch.testing.assert_close(plan, torch.full((1, 4, 5), 1 / 20))
