@@ -74,7 +74,7 @@ def implementation(op: str, impl: str, *tensors: Tensor | None) -> Callable[...,
     if impl == "auto":
         chosen = _chosen(op, given)
         if not torch.compiler.is_compiling():
-            _announce(chosen, given[0].device.type)
+            _announce(chosen, given[0].device)
         if chosen == "triton":
             return _fused[op]
     function: Callable[..., Any] = getattr(eager, op)
@@ -119,6 +119,9 @@ def _chosen(op: str, tensors: list[Tensor]) -> str:
 
 
 @functools.cache
-def _announce(chosen: str, device: str) -> None:
-    what = "plain torch (eager)" if chosen == "eager" else "the Triton kernels"
-    logging.getLogger("smtc").info("operations: impl=auto runs %s on %s", what, device)
+def _announce(chosen: str, device: torch.device) -> None:
+    what = "plain torch (eager)"
+    if chosen == "triton":
+        major, minor = _capability(device)
+        what = f"the Triton kernels with the launch table for sm_{major}{minor}"
+    logging.getLogger("smtc").info("operations: impl=auto runs %s on %s", what, device.type)

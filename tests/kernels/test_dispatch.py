@@ -54,6 +54,14 @@ def test_auto_is_eager_and_says_so_once(caplog):
         assert "eager" in caplog.text
 
 
+def test_the_kernels_are_announced_with_their_launch_table(caplog, monkeypatch):
+    dispatch._announce.cache_clear()
+    monkeypatch.setattr(dispatch, "_capability", lambda device: (9, 0))
+    with caplog.at_level(logging.INFO, logger="smtc"):
+        dispatch._announce("triton", torch.device("cuda"))
+    assert "runs the Triton kernels with the launch table for sm_90 on cuda" in caplog.text
+
+
 def test_an_explicit_choice_says_nothing(caplog):
     dispatch._announce.cache_clear()
     with caplog.at_level(logging.INFO, logger="smtc"):
