@@ -28,6 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TinyConfig = Callable[..., Config]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that parallel processes end together."""
+    items.sort(key=lambda item: item.path.name != "test_implementations.py")
+
+
 @pytest.fixture(autouse=True)
 def _keep_thread_count() -> Iterator[None]:
     """Training sets torch's threads for the whole process."""
