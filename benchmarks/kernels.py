@@ -100,7 +100,7 @@ def run(
         raise UserError("None of these --providers computes any of these --ops.")
     report = Report(output / "kernels.json")
     if device == "cpu":
-        # Threads that wait for each other on shared cores made small calls 200 times slower.
+        # Threads that wait for each other on shared cores make small calls many times slower.
         torch.set_num_threads(1)
         print("Timing plain torch on one thread; the kernels are timed on a CUDA device only.")
     bench = _Bench(report, device, clips or (GPU_CLIPS if device == "cuda" else CPU_CLIPS), seconds)

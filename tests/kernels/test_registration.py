@@ -110,6 +110,28 @@ def test_operators_run_in_plain_torch_on_a_cpu_without_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
+def test_two_processes_get_the_same_bits():
+    code = """
+        import hashlib
+        from smtc import kernels
+        from smtc.benchmarks.comparison import run
+        from test_registration import CALLS, DIFFERENTIABLE, single
+        bits = hashlib.sha256()
+        for op in CALLS:
+            tensors, settings = single(op)
+            outputs, gradients = run(
+                getattr(kernels, op), tensors, DIFFERENTIABLE.get(op, []), **settings
+            )
+            for value in (*outputs, *gradients):
+                bits.update(value.numpy().tobytes())
+        print(bits.hexdigest())
+        """
+    first, second = (python(code, TRITON_INTERPRET="1") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert len(first.stdout.strip()) == 64
+    assert first.stdout == second.stdout
+
+
 def test_without_triton_everything_but_the_kernels_works():
     done = python(
         """
