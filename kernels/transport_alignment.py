@@ -64,7 +64,9 @@ from .registration import register
 
 # Rows of the matrix begin at multiples of this, so that 16 bytes are read at a time.
 ALIGNMENT = 64
+# What `whole` has room for: at 128 slots it would need more shared memory than sm_90 has.
 MOST_POSITIONS_A_PROGRAM = 256
+MOST_SLOTS_A_PROGRAM = 64
 
 
 class _Settings(NamedTuple):
@@ -82,12 +84,12 @@ class _Settings(NamedTuple):
         return 0.0, 1 / (self.epsilon * math.sqrt(width))
 
 
-def one_program_a_pair(positions: int) -> bool:
+def one_program_a_pair(positions: int, slots: int) -> bool:
     """Whether one program does all of a pair.
 
     However few pairs there are: the separate passes take longer to start than such a program runs.
     """
-    return positions <= MOST_POSITIONS_A_PROGRAM
+    return positions <= MOST_POSITIONS_A_PROGRAM and slots <= MOST_SLOTS_A_PROGRAM
 
 
 def _padded(size: int) -> int:
@@ -113,7 +115,7 @@ def _forward(
     limit = tuning.options("transport_alignment.chunk", features, positions)["MEBIBYTES"] * 2**20
     chunk = min(clips, max(1, limit // (pairs * positions * pitch * kind.itemsize)))
     kernel = features.new_empty(chunk * pairs, positions, pitch, dtype=kind)
-    transport = _in_one_launch if one_program_a_pair(positions) else _in_passes
+    transport = _in_one_launch if one_program_a_pair(positions, slots) else _in_passes
     for first in range(0, clips, chunk):
         some = slice(first, first + chunk)
         parts = transport(

@@ -243,7 +243,8 @@ def test_the_matrix_is_bf16_only_in_the_scaling_form():
 
 
 def test_few_positions_are_one_program_a_pair():
-    assert fused.one_program_a_pair(256) and not fused.one_program_a_pair(257)
+    assert fused.one_program_a_pair(256, 64)
+    assert not fused.one_program_a_pair(257, 64) and not fused.one_program_a_pair(256, 65)
 
     def launched(positions):
         with launching.watch() as seen:
