@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from smtc.pipelines.clips import Clip
+
 
 @dataclass(frozen=True)
 class Source:
@@ -12,9 +14,14 @@ class Source:
 
     video: str
     frames: tuple[str, ...]
-    """Paths of the files."""
+    """Paths of the files; `<path>#<position>` in a video file."""
     start: int
     gap: int
+
+    @classmethod
+    def of(cls, clip: Clip) -> "Source":
+        """The source that `clip` describes."""
+        return cls(clip.video.name, clip.paths, clip.start, clip.gap)
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,10 @@ class Batch:
     """Two augmented views of B clips."""
 
     views: Tensor
-    """`[B,2,T,3,H,W]` float32, normalised."""
+    """`[B,2,T,3,H,W]` float32 or bfloat16, normalised.
+
+    On a GPU the DALI loader hands out one and the same tensor each time, written anew for a batch.
+    """
     sources: list[Source]
     index: Tensor
     """`[B]` int64, global sample indices."""

@@ -20,10 +20,15 @@ _LOG = logging.getLogger("smtc")
 
 @dataclass(frozen=True)
 class Video:
-    """A video: its name and the paths of its frames in order."""
+    """A video: its name and its frames in the order in which they are shown."""
 
     name: str
     frames: tuple[str, ...]
+    """Paths of image files; of a video file `<path>#<position>`, which no file is called."""
+    container: str | None = None
+    """The video file, or None for a folder of images."""
+    timestamps: tuple[int, ...] = ()
+    """Of a video file: presentation times of its frames, ascending, in the stream's time base."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,32 @@ def _permutation(seed: int, stream: Stream, key: int, count: int) -> NDArray[np.
     return generator(seed, stream, key).permutation(count)
 
 
-def shard(step: int, batch: int, rank: int = 0, world: int = 1) -> range:
-    """The global sample indices of a rank's `batch` clips in `step`."""
-    first = (step * world + rank) * batch
-    return range(first, first + batch)
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which samples one process draws in which steps.
+
+    The ranks of a step draw consecutive global samples, and so do consecutive steps. After a change
+    of `world`, or of `batch`, a run goes on without a gap at the same `start_sample`.
+    """
+
+    batch: int
+    """Clips a step and rank."""
+    steps: int
+    """The step to end before."""
+    start_step: int = 0
+    start_sample: int | None = None
+    """The first global sample of `start_step`; none: as if all steps before had been like this."""
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def remaining(self) -> range:
+        """The steps."""
+        return range(self.start_step, max(self.start_step, self.steps))
+
+    def samples(self, step: int) -> range:
+        """The global sample indices of this rank in `step`."""
+        whole = self.batch * self.world
+        start = self.start_step * whole if self.start_sample is None else self.start_sample
+        first = start + (step - self.start_step) * whole + self.rank * self.batch
+        return range(first, first + self.batch)

@@ -13,6 +13,7 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from smtc.config import AugmentConfig, DataConfig
@@ -131,6 +132,7 @@ def apply_view(
     size: tuple[int, int],
     *,
     resize: Resize = "squash",
+    antialias: bool = False,
     blur_kernel: int = 25,
     mean: tuple[float, float, float] = IMAGENET_MEAN,
     std: tuple[float, float, float] = IMAGENET_STD,
@@ -138,16 +140,16 @@ def apply_view(
 ) -> NDArray[np.float32]:
     """A view `[T,3,H,W]` of T RGB uint8 frames `[h,w,3]`, which may differ in size.
 
-    Cropped to whole pixels, resized bilinearly without antialiasing to `size` (H, W), flipped,
-    recoloured, clamped to [0, 1], blurred with a kernel `blur_kernel` wide (mirrored at the border)
-    and normalised by `mean` and `std`; float32, written into `out` when given.
+    Cropped to whole pixels, resized by `resize_frame` to `size` (H, W), flipped, recoloured,
+    clamped to [0, 1], blurred with a kernel `blur_kernel` wide (mirrored at the border) and
+    normalised by `mean` and `std`; float32, written into `out` when given.
     """
     height, width = size
     stacked = np.empty((len(frames), height, width, 3), np.uint8)
     for frame, resized in zip(frames, stacked, strict=True):
         top, left, rows, columns = crop_window(view.crop, frame.shape[:2], size, resize)
         window = frame[top : top + rows, left : left + columns]
-        cv2.resize(window, (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
+        resize_frame(window, size, antialias=antialias, out=resized)
     if view.flip:
         stacked = np.ascontiguousarray(stacked[:, :, ::-1])
     if out is None:
@@ -168,6 +170,29 @@ def apply_view(
         kernel = (blur_kernel, blur_kernel)
         for frame, channel in np.ndindex(out.shape[:2]):
             out[frame, channel] = cv2.GaussianBlur(out[frame, channel], kernel, view.blur_sigma)
+    return out
+
+
+def resize_frame(
+    frame: NDArray[np.uint8],
+    size: tuple[int, int],
+    *,
+    antialias: bool = False,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
+    """An image `[h,w,3]` resized bilinearly to `size` (H, W), pixel centres at half-integers.
+
+    With `antialias`, what shrinks is filtered by a triangle as wide as the shrinkage (PIL's
+    "bilinear"); without, each pixel mixes its four nearest ones (OpenCV's, and the released code).
+    """
+    if out is None:
+        out = np.empty((*size, 3), np.uint8)
+    if not antialias:
+        cv2.resize(frame, (size[1], size[0]), dst=out, interpolation=cv2.INTER_LINEAR)
+        return out
+    channels_first = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+    resized = F.interpolate(channels_first, size=size, mode="bilinear", antialias=True)
+    np.copyto(out, resized[0].permute(1, 2, 0).numpy())
     return out
 
 

@@ -1,29 +1,21 @@
 """The command line: `smtc <command> …`. A mistake ends in one sentence and exit code 2."""
 
-import contextlib
 import difflib
-import io
 import json
 import logging
 import os
-import re
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import tyro
 
-from smtc import presets
-from smtc.config import Config, from_dict, to_dict
+from smtc import cli_bench, cli_data, presets
+from smtc.cli_parsing import parse, parse_config
 from smtc.errors import UserError
 from smtc.progress import BesideBars
-
-Settings = TypeVar("Settings")
-
-_SHORT_NAMES = {"--data": "--data.root"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,91 +52,10 @@ class _Discovery:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Synthesize:
-    """Write synthetic videos of textured moving objects with exact masks, in the DAVIS layout."""
-
-    folder: tyro.conf.Positional[Path]
-    videos: int = 256
-    frames: int = 8
-    size: int = 96
-    """Pixels on a side."""
-    seed: int = 0
-    difficulty: Literal["standard", "instances", "hard"] = "standard"
-    """standard: categories differ; instances: several of one category, occluding; hard: also
-    changing light and a fast camera."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Convert:
     """Turn a DINO, MoCo or SMTC authors' checkpoint into a model folder of ours."""
 
     file: tyro.conf.Positional[Path]
-    folder: tyro.conf.Positional[Path]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Bench:
-    output: Path
-    """The folder for the results."""
-    ops: tuple[str, ...] = ()
-    """Operations of smtc.kernels; all when not given."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchParity(_Bench):
-    """Compare every operation, forward and backward, with the oracle in float64.
-
-    Prints the worst errors, writes parity.json, exits with 1 after a miss.
-    """
-
-    impl: Literal["auto", "eager", "triton"] = "auto"
-    """auto: the Triton kernels where they can run, else plain torch."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchKernels(_Bench):
-    """Time every operation, forward, backward and both, for each provider.
-
-    Prints tables and writes kernels.json. What fails its parity check is not timed.
-    """
-
-    sizes: tuple[int, ...] = ()
-    """Positions L; 256 1024 1500 when not given, on a CPU 64 256."""
-    providers: tuple[str, ...] = ()
-    """Of triton, eager-bf16, eager-fp32, compile, plain, scipy, pot; all that can run here when
-    not given."""
-    clips: int | None = None
-    """Clips a batch; 32 when not given, on a CPU 1."""
-    seconds: float = 0.2
-    """How long to repeat a call, about."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchTune(_Bench):
-    """Search for faster launch options on a GPU and print rows for kernels/tuning.py."""
-
-    sizes: tuple[int, ...] = ()
-    """Positions L; 256 1024 1500 when not given."""
-    clips: int | None = None
-    """Clips a batch; 32 when not given."""
-    seconds: float = 0.05
-    """How long to repeat a candidate, about."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchStatic(_Bench):
-    """Compile every kernel for GPUs that are not here and hold it against its budget."""
-
-    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
-    """Of sm_80, sm_90, sm_100."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _BenchReport:
-    """Print a benchmark folder's results as tables; write report.md and kernels.png there."""
-
     folder: tyro.conf.Positional[Path]
 
 
@@ -199,94 +110,6 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}."
 
 
-def _parse(kind: type[Settings], command: str, arguments: list[str], **options: Any) -> Settings:
-    """Typed settings from flags; what is wrong with them becomes one sentence."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, prog=f"smtc {command}", args=arguments, **options)
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(_unboxed(box.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """The words of the frame that tyro draws around an error, on one line."""
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
-    return words.removeprefix("Value error ").removeprefix("Unrecognized options ")
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """The config of `smtc train`'s arguments: a preset, then a TOML file, then flags."""
-    preset, arguments = _take("--preset", arguments)
-    file, arguments = _take("--config", arguments)
-    changes = {} if file is None else _read_toml(Path(file))
-    in_file = changes.pop("preset", "fixed")
-    default = presets.get(str(in_file if preset is None else preset))
-    default = from_dict(Config, _overlay(to_dict(default), changes))
-    arguments = [_long_name(argument) for argument in arguments]
-    description = (
-        "Train on a folder of videos, or go on with the run in the output folder.\n\n"
-        f"--preset NAME starts from a preset ({', '.join(presets.PRESETS)}; fixed when not given) "
-        "and --config FILE.toml changes it; the flags below win over both. "
-        "--data DIR is short for --data.root DIR."
-    )
-    return _parse(Config, "train", arguments, description=description, default=default)
-
-
-def _take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The value of `flag` and the other arguments; the flag may be written `--flag=value`."""
-    value, others, waiting = None, [], False
-    for argument in arguments:
-        if waiting:
-            value, waiting = argument, False
-        elif argument == flag:
-            waiting = True
-        elif argument.startswith(flag + "="):
-            value = argument.partition("=")[2]
-        else:
-            others.append(argument)
-    if waiting:
-        raise UserError(f"{flag} needs a value.")
-    return value, others
-
-
-def _long_name(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return _SHORT_NAMES.get(name, name) + equals + value
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        values = _underscored(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"The settings file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The settings file {path} is no valid TOML: {error}.") from error
-    if isinstance(values.get("data"), str):  # the short name, as on the command line
-        values["data"] = {"root": values["data"]}
-    return values
-
-
-def _underscored(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys may be written as on the command line, with dashes."""
-    return {
-        key.replace("-", "_"): _underscored(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-    }
-
-
-def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _overlay(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
 def _train(arguments: list[str]) -> None:
     """train on a folder of videos"""
     config = parse_config(arguments)
@@ -298,7 +121,7 @@ def _train(arguments: list[str]) -> None:
 
 def _segment(arguments: list[str]) -> None:
     """masks, scores and an overlay of a video"""
-    settings = _parse(_Segment, "segment", arguments)
+    settings = parse(_Segment, "segment", arguments)
     from smtc.inference import segment_folder
     from smtc.training.trainer import pick_device
     from smtc.weights import load_model
@@ -314,7 +137,7 @@ def _segment(arguments: list[str]) -> None:
 
 def _evaluate_discovery(arguments: list[str]) -> None:
     """score discovered objects against a data set's masks"""
-    settings = _parse(_Discovery, "evaluate discovery", arguments)
+    settings = parse(_Discovery, "evaluate discovery", arguments)
     from smtc.evaluation.discovery import evaluate_discovery
 
     results = evaluate_discovery(
@@ -347,65 +170,9 @@ def _model_to_score(settings: _Discovery) -> Any:
     return SMTC(presets.get(settings.untrained or "").model).to(device).eval()
 
 
-def _data_synthesize(arguments: list[str]) -> None:
-    """write synthetic videos with masks"""
-    settings = _parse(_Synthesize, "data synthesize", arguments)
-    from smtc.pipelines.synthetic import synthesize
-
-    synthesize(
-        settings.folder,
-        videos=settings.videos,
-        frames=settings.frames,
-        size=settings.size,
-        seed=settings.seed,
-        difficulty=settings.difficulty,
-    )
-    print(f"{settings.videos} videos are in {settings.folder}.")
-
-
-def _bench_kernels(arguments: list[str]) -> None:
-    """time the operations against plain torch and peers"""
-    settings = _parse(_BenchKernels, "bench kernels", arguments)
-    from smtc.benchmarks import kernels
-
-    sys.exit(kernels.run(**vars(settings)))
-
-
-def _bench_parity(arguments: list[str]) -> None:
-    """errors of the operations against float64"""
-    settings = _parse(_BenchParity, "bench parity", arguments)
-    from smtc.benchmarks import parity
-
-    sys.exit(parity.run(**vars(settings)))
-
-
-def _bench_static(arguments: list[str]) -> None:
-    """registers and memory of the kernels on GPUs that are not here"""
-    settings = _parse(_BenchStatic, "bench static", arguments)
-    from smtc.benchmarks import static
-
-    sys.exit(static.run(**vars(settings)))
-
-
-def _bench_tune(arguments: list[str]) -> None:
-    """search for faster launch options on a GPU"""
-    settings = _parse(_BenchTune, "bench tune", arguments)
-    from smtc.benchmarks import tune
-
-    sys.exit(tune.run(**vars(settings)))
-
-
-def _bench_report(arguments: list[str]) -> None:
-    """a benchmark folder as tables and a picture"""
-    settings = _parse(_BenchReport, "bench report", arguments)
-    from smtc.benchmarks import report
-
-    sys.exit(report.run(settings.folder))
-
-
 def _convert(arguments: list[str]) -> None:
     """a DINO, MoCo or authors' checkpoint to a model folder"""
-    settings = _parse(_Convert, "convert", arguments)
+    settings = parse(_Convert, "convert", arguments)
     from smtc.weights import convert
 
     print(convert(settings.file, settings.folder))
@@ -415,20 +182,16 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "segment": _segment,
     "evaluate discovery": _evaluate_discovery,
-    "data synthesize": _data_synthesize,
+    **cli_data.COMMANDS,
     "convert": _convert,
-    "bench kernels": _bench_kernels,
-    "bench parity": _bench_parity,
-    "bench static": _bench_static,
-    "bench tune": _bench_tune,
-    "bench report": _bench_report,
+    **cli_bench.COMMANDS,
 }
 _STOPPED = {
     "train": "smtc: stopped. The same command goes on from its last checkpoint, if any.",
+    "data": "smtc: stopped. The same command goes on with what is left.",
     "bench": "smtc: stopped. What was finished is in the --output folder.",
 }
 _GROUPS = {
-    "evaluate": ("discovery",),
-    "data": ("synthesize",),
-    "bench": ("kernels", "parity", "static", "tune", "report"),
+    group: tuple(name.split()[1] for name in _COMMANDS if name.startswith(group + " "))
+    for group in ("evaluate", "data", "bench")
 }

@@ -238,8 +238,8 @@ class DataConfig:
     """Where clips come from and what is done to them."""
 
     root: str | None = None
-    """A folder of videos, each a folder of JPEG or PNG frames; DAVIS and YouTube-VOS layouts are
-    found.
+    """A folder of videos, each a folder of JPEG or PNG frames or a video file; the DAVIS and
+    YouTube-VOS layouts are found.
     """
     frames: int = 4
     """T, frames a clip."""
@@ -251,13 +251,33 @@ class DataConfig:
     """squash: the aspect ratio is not kept (released code); crop: the largest centred crop of the
     right shape.
     """
+    antialias: bool = False
+    """Filter before shrinking, as PIL's bilinear does; the released code does not."""
     spatial: Literal["shared", "independent"] = "shared"
     """independent: the two views get their own crop and flip, and the teacher's targets are warped
     back (ours).
     """
-    loader: Literal["auto", "torch"] = "auto"
+    loader: Literal["auto", "dali", "torch", "cache"] = "auto"
+    """Who decodes and augments: DALI, OpenCV in worker processes, or either of them on the frames
+    that `smtc data pack` wrote (cache). auto: the cache if packed, DALI if it can run and a GPU
+    trains, else torch.
+    """
+    cache: str | None = None
+    """The folder that `smtc data inspect` and `smtc data pack` wrote to; none: their default."""
+    cache_memory: Literal["auto", "host", "gpu"] = "auto"
+    """Where packed frames wait for a GPU; auto: in its memory if a quarter of what is free holds
+    them.
+    """
     workers: int = 2
-    """Processes that decode and augment; 0: the trainer's own process."""
+    """Processes (torch) or threads (DALI) that decode and augment; 0: the trainer's own process,
+    one thread.
+    """
+    prefetch: int = 2
+    """Batches made ahead, by each process or by DALI."""
+    roi_decode: bool = False
+    """DALI decodes only the part of a JPEG that the crop keeps; for views that share it."""
+    hardware_decoder: float = 0.65
+    """Share of the JPEG files that DALI gives to a GPU's hardware decoder, where it has one."""
     max_bad_share: float = 0.2
     """Stop when more than this share of the clips drawn was replaced because of unreadable files.
     """
@@ -267,6 +287,11 @@ class DataConfig:
         _require(self.frames >= 2, f"data.frames is {self.frames}; a clip needs at least 2 frames.")
         _require(self.gap >= 1, f"data.gap is {self.gap}; it must be at least 1.")
         _require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative.")
+        _require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1.")
+        _require(
+            0 <= self.hardware_decoder <= 1,
+            f"data.hardware-decoder is {self.hardware_decoder}; a share lies in [0, 1].",
+        )
         _require(
             0 <= self.max_bad_share <= 1,
             f"data.max-bad-share is {self.max_bad_share}; a share lies in [0, 1].",

@@ -17,7 +17,7 @@ from commands import Command, train_flags
 
 import smtc
 from smtc import presets
-from smtc.cli import parse_config
+from smtc.cli_parsing import parse_config
 from smtc.config import Config, from_dict
 from smtc.errors import UserError
 from smtc.weights import load_model

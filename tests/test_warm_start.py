@@ -13,7 +13,8 @@ from smtc.config import Config
 from smtc.errors import UserError
 from smtc.model import SMTC
 from smtc.pipelines.batch import Batch
-from smtc.pipelines.torch_loader import TorchLoader
+from smtc.pipelines.clips import Schedule
+from smtc.pipelines.loading import build_loader
 from smtc.training.trainer import train
 from smtc.warm_start import WarmStart
 from smtc.weights import load_init
@@ -36,10 +37,8 @@ def make(tiny_config: TinyConfig, **settings: float) -> WarmStart:
 
 
 def first_batch(config: Config) -> Batch:
-    loader = TorchLoader(
-        config.data, size=config.model.resolution, batch=config.train.batch, seed=0, steps=1
-    )
-    return next(iter(loader))
+    schedule = Schedule(batch=config.train.batch, steps=1)
+    return next(iter(build_loader(config.data, schedule, size=config.model.resolution, seed=0)))
 
 
 def coloured(batch: int, frames: int = 2) -> Batch:

@@ -27,7 +27,12 @@ _FREE_TO_CHANGE = {
     "train.log_every",
     "train.checkpoint_every",
     "data.workers",
+    "data.prefetch",
     "data.loader",
+    "data.cache",
+    "data.cache_memory",
+    "data.roi_decode",
+    "data.hardware_decoder",
     "data.max_bad_share",
     "model.impl",
 }

@@ -19,7 +19,8 @@ from smtc.errors import UserError
 from smtc.kernels.dispatch import obstacle
 from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
-from smtc.pipelines.torch_loader import TorchLoader
+from smtc.pipelines.clips import Schedule
+from smtc.pipelines.loading import Loader, build_loader
 from smtc.training.checkpoint import (
     check_run_folder,
     claim_run_folder,
@@ -69,7 +70,7 @@ def train(config: Config, method: Method | None = None) -> Run:
     method = method or build_method(config)
     trainer = Trainer(config, method.to(device).train(), folder, device)
     trainer.resume()
-    loader = build_loader(config, start_step=trainer.step)
+    loader = trainer.loader()
     # Only now, when all that was given has proved good, is something written.
     claim_run_folder(folder, config)
     with writing(folder):
@@ -80,20 +81,6 @@ def train(config: Config, method: Method | None = None) -> Run:
 def build_method(config: Config) -> Method:
     """The method that `config.method` names, with initial weights."""
     return WarmStart(config) if config.method == "warm_start" else SMTCMethod(config)
-
-
-def build_loader(config: Config, *, start_step: int) -> TorchLoader:
-    """The batches of steps `start_step` to `train.steps`."""
-    if config.data.root is None:
-        raise UserError("Which videos should be trained on? Give --data FOLDER.")
-    return TorchLoader(
-        config.data,
-        size=config.model.resolution,
-        batch=config.train.batch,
-        seed=config.train.seed,
-        start_step=start_step,
-        steps=config.train.steps,
-    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -140,7 +127,21 @@ class Trainer:
         else:
             logger.info("Continuing %s at step %d.", self.folder, self.step)
 
-    def run(self, loader: TorchLoader) -> None:
+    def loader(self) -> Loader:
+        """The batches of the steps that are left."""
+        train = self.config.train
+        on_gpu = self.device.type == "cuda"
+        return build_loader(
+            self.config.data,
+            Schedule(batch=train.batch, steps=train.steps, start_step=self.step),
+            size=self.config.model.resolution,
+            seed=train.seed,
+            device=self.device,
+            dtype=torch.bfloat16 if on_gpu and train.precision == "bf16" else torch.float32,
+            bad_file_log=self.folder / "bad_files.jsonl",
+        )
+
+    def run(self, loader: Loader) -> None:
         """All steps that are left, then the model."""
         train = self.config.train
         telemetry = Telemetry(
@@ -213,8 +214,8 @@ class Trainer:
             cache_enabled=False,
         )
 
-    def _log(self, telemetry: Telemetry, loader: TorchLoader) -> None:
-        extra = {"lr": self.learning_rate, "replaced_clips": loader.replaced}
+    def _log(self, telemetry: Telemetry, loader: Loader) -> None:
+        extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}
         values = telemetry.log(self.step, extra)
         self._require_finite(math.isfinite(values["loss"]))
 

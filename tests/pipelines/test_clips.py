@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smtc.errors import UserError
-from smtc.pipelines.clips import ClipSampler, Video, find_videos, shard
+from smtc.pipelines.clips import ClipSampler, Schedule, Video, find_videos
 
 
 def lay(root: Path, *names: str) -> None:
@@ -153,11 +153,26 @@ def test_replacements_visit_every_video_and_repeat_exactly() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_ranks_share_the_global_order(world: int) -> None:
-    parts = [list(shard(s, 4, r, world)) for s in range(5) for r in range(world)]
-    assert [i for part in parts for i in part] == list(range(5 * 4 * world))
-    for step in range(5):
-        together = [i for rank in range(world) for i in shard(step, 4, rank, world)]
-        assert together == list(shard(step, 4 * world))
+    ranks = [Schedule(batch=4, steps=5, rank=rank, world=world) for rank in range(world)]
+    drawn = [i for step in range(5) for rank in ranks for i in rank.samples(step)]
+    assert drawn == list(range(5 * 4 * world))
+    resumed = Schedule(batch=4, steps=5, start_step=3, world=world)
+    assert list(resumed.remaining) == [3, 4]
+    assert resumed.samples(4) == ranks[0].samples(4)
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (3, 8), (8, 3)])
+def test_a_change_of_world_size_leaves_no_gap_and_repeats_nothing(old: int, new: int) -> None:
+    before = [Schedule(batch=3, steps=4, rank=rank, world=old) for rank in range(old)]
+    more: dict = {"batch": 3, "steps": 9, "start_step": 4, "start_sample": 4 * 3 * old}
+    after = [Schedule(rank=rank, world=new, **more) for rank in range(new)]
+    drawn = [i for rank in before for step in rank.remaining for i in rank.samples(step)]
+    drawn += [i for rank in after for step in rank.remaining for i in rank.samples(step)]
+    assert sorted(drawn) == list(range(4 * 3 * old + 5 * 3 * new))
+
+
+def test_a_finished_schedule_has_no_steps() -> None:
+    assert not Schedule(batch=1, steps=3, start_step=5).remaining
 
 
 def test_a_negative_seed_is_refused() -> None:

@@ -14,8 +14,9 @@ import torch
 from smtc.config import AugmentConfig, DataConfig
 from smtc.errors import UserError
 from smtc.pipelines.batch import Batch
-from smtc.pipelines.clips import ClipSampler, find_videos
+from smtc.pipelines.clips import ClipSampler, Schedule, find_videos
 from smtc.pipelines.images import read_image
+from smtc.pipelines.loading import build_loader
 from smtc.pipelines.torch_loader import TorchLoader, _Made
 from smtc.pipelines.views import ViewParameters, apply_view, draw_views
 
@@ -23,10 +24,21 @@ AUGMENT = AugmentConfig(crop=(0.5, 1), flip=0.5, grayscale=0.2, jitter_chance=0.
 
 
 def loader(root: Path | None, **more: object) -> TorchLoader:
-    settings: dict = {"size": (32, 32), "batch": 3, "seed": 2, "steps": 4, **more}
-    data = {name: settings.pop(name) for name in list(settings) if name in vars(DataConfig())}
-    config = DataConfig(root=root and str(root), **{"workers": 0, "augment": AUGMENT, **data})
-    return TorchLoader(config, **settings)
+    """The torch loader over `root`; settings of the data, of the schedule and the rest by name."""
+    settings: dict = {"workers": 0, "augment": AUGMENT, "batch": 3, "steps": 4, **more}
+    parts = {
+        kind: {name: settings.pop(name) for name in list(settings) if name in known}
+        for kind, known in (
+            ("data", DataConfig.__dataclass_fields__),
+            ("schedule", Schedule.__dataclass_fields__),
+        )
+    }
+    config = DataConfig(root=root and str(root), loader="torch", **parts["data"])
+    made = build_loader(
+        config, Schedule(**parts["schedule"]), **{"size": (32, 32), "seed": 2, **settings}
+    )
+    assert isinstance(made, TorchLoader)
+    return made
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -115,6 +127,30 @@ def test_ranks_together_are_one_big_batch(videos: Path) -> None:
     assert torch.equal(whole.index, torch.cat([part.index for part in parts]))
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_another_world_size_goes_on_at_the_same_sample(videos: Path, world: int) -> None:
+    """Twelve samples by two ranks, then the rest by `world` ranks: none missing, none twice."""
+    before = [loader(videos, batch=2, steps=3, rank=rank, world=2) for rank in range(2)]
+    drawn = [i for data in before for batch in data for i in batch.index.tolist()]
+    more: dict = {"batch": 2, "start_step": 3, "start_sample": 12, "steps": 5, "world": world}
+    after = [list(loader(videos, rank=rank, **more)) for rank in range(world)]
+    drawn += [i for batches in after for batch in batches for i in batch.index.tolist()]
+    assert sorted(drawn) == list(range(12 + 4 * world))
+    whole = loader(videos, batch=1, steps=12 + 4 * world)
+    views = {int(batch.index): batch.views[0] for batch in whole}
+    for batch in after[-1]:
+        for index, view in zip(batch.index.tolist(), batch.views, strict=True):
+            assert torch.equal(view, views[index])
+
+
+def test_half_precision_views(videos: Path) -> None:
+    full, half = (
+        next(iter(loader(videos, dtype=dtype))) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.views.dtype == torch.bfloat16
+    assert torch.equal(full.views.bfloat16(), half.views)
+
+
 def test_independent_views_say_where_they_lie(videos: Path) -> None:
     batch = next(iter(loader(videos, spatial="independent")))
     assert batch.spatial is not None
@@ -137,11 +173,11 @@ def test_pinning_reaches_every_tensor(videos: Path, monkeypatch: pytest.MonkeyPa
     batch = next(iter(loader(videos, spatial="independent")))
     assert batch.spatial is not None
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
-    pinned = _Made(batch, [], 0).pin_memory().batch
+    pinned = _Made(0, batch, [], 0).pin_memory().batch
     assert pinned is not None
     expected = Batch(batch.views + 1, batch.sources, batch.index + 1, batch.spatial + 1)
     assert same(pinned, expected)
-    assert _Made(None).pin_memory().batch is None
+    assert _Made(0, None).pin_memory().batch is None
 
 
 def test_an_iteration_left_midway_ends_its_workers(videos: Path) -> None:
@@ -165,13 +201,13 @@ def test_a_bad_clip_is_replaced_reported_once_and_counted(
     with caplog.at_level(logging.WARNING, "smtc"):
         batches = list(data)
     reported = [record.getMessage() for record in caplog.records]
-    assert len(reported) == len(set(reported)) == len(data.bad_files) > 0
+    assert len(reported) == len(set(reported)) == len(data.faults.bad_files) > 0
     assert all(
         line.startswith("00000/") and line.endswith(".jpg: the file is cut short")
         for line in reported
     )
-    assert set(data.bad_files.values()) == set(reported)
-    assert (data.drawn, data.replaced) == (24, 3)
+    assert set(data.faults.bad_files.values()) == set(reported)
+    assert (data.faults.drawn, data.faults.replaced) == (24, 3)
     assert all(source.video != "00000" for batch in batches for source in batch.sources)
     for one, other in zip(batches, loader(copied, steps=8), strict=True):
         assert same(one, other)
@@ -201,9 +237,9 @@ def test_too_many_bad_clips_stop(copied: Path, workers: int) -> None:
         UserError, match=r"of the clips drawn .*max-bad-share \(20%\).*/0000\d\.jpg: .* Mend or"
     ):
         seen.extend(data)
-    assert data.drawn == 21
+    assert data.faults.drawn == 21
     assert len(seen) == 6
-    assert data.replaced / data.drawn > 0.2
+    assert data.faults.replaced / data.faults.drawn > 0.2
     assert multiprocessing.active_children() == []
 
 
@@ -213,7 +249,7 @@ def test_a_short_run_is_judged_at_its_end(copied: Path) -> None:
     seen = []
     with pytest.raises(UserError, match="unreadable files"):
         seen.extend(data)
-    assert (len(seen), data.drawn) == (2, 6)
+    assert (len(seen), data.faults.drawn) == (2, 6)
 
 
 def test_the_limit_is_a_setting(copied: Path) -> None:

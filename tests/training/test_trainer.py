@@ -18,7 +18,6 @@ from smtc.errors import UserError
 from smtc.method import SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.torch_loader import TorchLoader
-from smtc.training import trainer
 from smtc.training.checkpoint import latest_checkpoint
 from smtc.training.optim import learning_rate
 from smtc.training.trainer import build_method, pick_device, train
@@ -248,19 +247,17 @@ def test_the_metrics_stay_json_when_the_loss_is_no_number(
         json.loads(line, parse_constant=refuse)
 
 
-class SameBatch(TorchLoader):
-    """The first batch again and again."""
-
-    def __next__(self) -> Batch:
-        batch = super().__next__()
-        self.first = getattr(self, "first", batch)
-        return self.first
-
-
 def test_the_loss_falls_on_one_batch(
     tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "TorchLoader", SameBatch)
+    first: list[Batch] = []
+
+    def same_batch(loader: TorchLoader) -> Batch:
+        first.append(draw(loader))
+        return first[0]
+
+    draw = TorchLoader.__next__
+    monkeypatch.setattr(TorchLoader, "__next__", same_batch)
     config = everything_counts(tiny_config, tmp_path / "run", train__steps=30, optim__lr=2e-3)
     losses = [line["loss"] for line in train(config).metrics]
     assert sum(losses[-5:]) / 5 < 0.9 * losses[0]

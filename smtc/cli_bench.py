@@ -1,0 +1,126 @@
+"""`smtc bench …`: each command's flags and what it calls."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from smtc.cli_parsing import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bench:
+    output: Path
+    """The folder for the results."""
+    ops: tuple[str, ...] = ()
+    """Operations of smtc.kernels; all when not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchParity(_Bench):
+    """Compare every operation, forward and backward, with the oracle in float64.
+
+    Prints the worst errors, writes parity.json, exits with 1 after a miss.
+    """
+
+    impl: Literal["auto", "eager", "triton"] = "auto"
+    """auto: the Triton kernels where they can run, else plain torch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchKernels(_Bench):
+    """Time every operation, forward, backward and both, for each provider.
+
+    Prints tables and writes kernels.json. What fails its parity check is not timed.
+    """
+
+    sizes: tuple[int, ...] = ()
+    """Positions L; 256 1024 1500 when not given, on a CPU 64 256."""
+    providers: tuple[str, ...] = ()
+    """Of triton, eager-bf16, eager-fp32, compile, plain, scipy, pot; all that can run here when
+    not given."""
+    clips: int | None = None
+    """Clips a batch; 32 when not given, on a CPU 1."""
+    seconds: float = 0.2
+    """How long to repeat a call, about."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchTune(_Bench):
+    """Search for faster launch options on a GPU and print rows for kernels/tuning.py."""
+
+    sizes: tuple[int, ...] = ()
+    """Positions L; 256 1024 1500 when not given."""
+    clips: int | None = None
+    """Clips a batch; 32 when not given."""
+    seconds: float = 0.05
+    """How long to repeat a candidate, about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchStatic(_Bench):
+    """Compile every kernel for GPUs that are not here and hold it against its budget."""
+
+    architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
+    """Of sm_80, sm_90, sm_100."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchReport:
+    """Print a benchmark folder's results as tables; write report.md and kernels.png there."""
+
+    folder: tyro.conf.Positional[Path]
+
+
+def _bench_kernels(arguments: list[str]) -> None:
+    """time the operations against plain torch and peers"""
+    settings = parse(_BenchKernels, "bench kernels", arguments)
+    from smtc.benchmarks import kernels
+
+    sys.exit(kernels.run(**vars(settings)))
+
+
+def _bench_parity(arguments: list[str]) -> None:
+    """errors of the operations against float64"""
+    settings = parse(_BenchParity, "bench parity", arguments)
+    from smtc.benchmarks import parity
+
+    sys.exit(parity.run(**vars(settings)))
+
+
+def _bench_static(arguments: list[str]) -> None:
+    """registers and memory of the kernels on GPUs that are not here"""
+    settings = parse(_BenchStatic, "bench static", arguments)
+    from smtc.benchmarks import static
+
+    sys.exit(static.run(**vars(settings)))
+
+
+def _bench_tune(arguments: list[str]) -> None:
+    """search for faster launch options on a GPU"""
+    settings = parse(_BenchTune, "bench tune", arguments)
+    from smtc.benchmarks import tune
+
+    sys.exit(tune.run(**vars(settings)))
+
+
+def _bench_report(arguments: list[str]) -> None:
+    """a benchmark folder as tables and a picture"""
+    settings = parse(_BenchReport, "bench report", arguments)
+    from smtc.benchmarks import report
+
+    sys.exit(report.run(settings.folder))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "bench kernels": _bench_kernels,
+    "bench parity": _bench_parity,
+    "bench static": _bench_static,
+    "bench tune": _bench_tune,
+    "bench report": _bench_report,
+}
