@@ -1,4 +1,4 @@
-"""What a machine with a GPU is asked: `make gpu-check PART=tests|kernels`.
+"""What a machine with a GPU is asked: `make gpu-check PART=tests|kernels|data`.
 
 Runs as a plain script: it installs this package alone (no network) and starts each step as a
 process with a time limit, so that a part ends within 8 minutes whatever hangs. Results go to the
@@ -54,10 +54,10 @@ def steps(part: str, folder: Path) -> list[Step]:
     if part == "tests":
         # First what writes row by row; what it compiles the tests then find in Triton's cache.
         return [Step("parity", bench, 0.5), Step("tests", pytest, 1.0)]
-    return [Step("kernels", bench, 0.95), Step("report", ["-c", REPORT, str(folder)], 1.0)]
+    return [Step(part, bench, 0.95), Step("report", ["-c", REPORT, str(folder)], 1.0)]
 
 
-PARTS = ("tests", "kernels")
+PARTS = ("tests", "kernels", "data")
 
 
 def main(arguments: list[str]) -> int:

@@ -26,18 +26,18 @@ TARGETS = {
 
 
 def run(folder: Path) -> int:
-    """Print the tables of the folder's JSON files; write report.md and kernels.png there.
+    """Print the tables of the folder's JSON files; write report.md and pictures there.
 
     `UserError` where the folder holds none of them. Returns the exit code 0.
     """
     found = {
         name: read_report(folder / f"{name}.json")
-        for name in ("kernels", "parity", "static", "tune")
+        for name in ("kernels", "parity", "static", "tune", "data")
         if (folder / f"{name}.json").is_file()
     }
     if not found:
         raise UserError(
-            f"{folder} holds no kernels.json, parity.json, static.json or tune.json; "
+            f"{folder} holds no kernels.json, parity.json, static.json, tune.json or data.json; "
             "`smtc bench kernels --output` writes one."
         )
     text = "\n\n".join(_sections(found)) + "\n"
@@ -45,6 +45,8 @@ def run(folder: Path) -> int:
     print(text)
     if "kernels" in found:
         _draw(found["kernels"]["rows"], folder / "kernels.png")
+    if "data" in found:
+        draw_data(found["data"]["rows"], folder / "data.png")
     print(f"The report is in {folder / 'report.md'}.")
     return 0
 
@@ -60,6 +62,8 @@ def _sections(found: dict[str, Any]) -> list[str]:
             parts += [parity.LEGEND, parity.table(rows)]
         elif name == "static":
             parts.append(static_table(rows))
+        elif name == "data":
+            parts.append(data_table(rows))
         else:
             parts.append(tuned_table(rows))
     return parts
@@ -204,16 +208,109 @@ def tuned_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Bars of every provider's time, a panel an operation."""
+def data_table(rows: Sequence[Row]) -> str:
+    """What `smtc bench data` found: rates, ratios, waits, and what could not be measured."""
+    settings = next((row for row in rows if row["case"] == "settings"), {})
+    told = [f"{name} {value}" for name, value in settings.items() if name != "case"]
+    lines = [
+        f"Settings: {', '.join(told)}.",
+        "",
+        "| frames | loader | decodes on | workers | clips/s (20 % – 80 %) | source frames/s "
+        "| CPU ms a clip | KB a frame |",
+        "|---" * 8 + "|",
+    ]
+    for row in _of_kind(rows, "rate"):
+        cells = [row["case"], row["provider"], row["device"], row["threads"], _spread(row, ".1f")]
+        cells += [format(row["frames_per_s"], ".0f"), format(row["cpu_ms_per_clip"], ".1f")]
+        cells.append(format(row["bytes_per_frame"] / 1000, ".0f"))
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if found := _of_kind(rows, "ratio"):
+        lines += [
+            "",
+            "| frames | clips/s of | workers | times (20 % – 80 %) | target | by CPU time |",
+        ]
+        lines.append("|---" * 6 + "|")
+        for row in found:
+            cells = [row["case"], row["provider"], row["threads"], _spread(row, ".2f")]
+            cells.append(f"≥ {row['target']}" if "target" in row else "")
+            cells.append(format(row["cpu_ratio"], ".2f"))
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if found := _of_kind(rows, "wait"):
+        lines += ["", "| training on | loader | workers | share of the time spent waiting |"]
+        lines.append("|---" * 4 + "|")
+        for row in found:
+            where = f"{row['case']} | {row['provider']} | {row['threads']}"
+            lines.append(f"| {where} | {row['median']:.0%} |")
+    failed = [
+        f"* {row['case']} {row['provider']} on {row['device']}, {row['threads']} workers: "
+        f"{row['error']}"
+        for row in rows
+        if "error" in row
+    ]
+    return "\n".join([*lines, *([""] if failed else []), *failed])
+
+
+def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if row.get("kind") == kind]
+
+
+def _spread(row: Row, form: str) -> str:
+    return f"{row['median']:{form}} ({row['p20']:{form}} – {row['p80']:{form}})"
+
+
+def draw_data(rows: Sequence[Row], path: Path) -> None:
+    """Bars of clips a second, a panel for each number of workers."""
+    pyplot = _pyplot()
+    shown = _of_kind(rows, "rate")
+    if pyplot is None or not shown:
+        return
+    numbers = list(dict.fromkeys(row["threads"] for row in shown))
+    figure, panels = pyplot.subplots(
+        len(numbers), 1, figsize=(9, 2.8 * len(numbers)), squeeze=False, layout="constrained"
+    )
+    kinds = list(dict.fromkeys((row["provider"], row["device"]) for row in shown))
+    cases = list(dict.fromkeys(row["case"] for row in shown))
+    for panel, number in zip(panels[:, 0], numbers, strict=True):
+        for row in shown:
+            if row["threads"] != number:
+                continue
+            own = [r for r in shown if (r["case"], r["threads"]) == (row["case"], number)]
+            place = cases.index(row["case"]) + (own.index(row) - (len(own) - 1) / 2) / 8
+            spread = [[row["median"] - row["p20"]], [row["p80"] - row["median"]]]
+            colour = f"C{kinds.index((row['provider'], row['device']))}"
+            panel.bar(place, row["median"], 0.11, yerr=spread, color=colour)
+            label = row["provider"] + (" on GPU" if row["device"] != "cpu" else "")
+            panel.annotate(
+                f"{label}\n{row['median']:.0f}",
+                (place, row["p80"]),
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
+        panel.set_xticks(range(len(cases)), cases)
+        panel.margins(y=0.25)
+        panel.set_ylabel("clips/s")
+        panel.set_title(f"{number} workers", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    """Matplotlib's; None, and a line that says so, where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("No picture: matplotlib is not installed (pip install matplotlib).")
-        return
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def _draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of every provider's time, a panel an operation."""
+    pyplot = _pyplot()
     timed = [row for row in rows if row.get("mode") == "launch" and "median" in row]
     shown = [
         row
@@ -222,7 +319,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
         or not any(other["op"] == row["op"] and other["direction"] == "both" for other in timed)
     ]
     ops = [op for op in OPERATIONS if any(row["op"] == op for row in shown)]
-    if not ops:
+    if pyplot is None or not ops:
         return
     figure, panels = pyplot.subplots(
         len(ops), 1, figsize=(9, 2.2 * len(ops)), squeeze=False, layout="constrained"

@@ -4,18 +4,43 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from smtc.errors import UserError
-from smtc.pipelines.images import FRAME_SUFFIXES
+from smtc.pipelines.images import FRAME_SUFFIXES, BadFrame
 from smtc.pipelines.keyed import Stream, generator
+from smtc.pipelines.video_files import VIDEO_SUFFIXES, compact, read_timestamps
+from smtc.progress import track
 
 _LOG = logging.getLogger("smtc")
+
+
+@dataclass(frozen=True)
+class NumberedFrames(Sequence[str]):
+    """The names `<path>#<position>` of a video file's frames, each made when it is asked for."""
+
+    path: str
+    positions: range
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "NumberedFrames": ...
+    def __getitem__(self, index: int | slice) -> "str | NumberedFrames":
+        if isinstance(index, slice):
+            return NumberedFrames(self.path, self.positions[index])
+        return f"{self.path}#{self.positions[index]}"
 
 
 @dataclass(frozen=True)
@@ -23,12 +48,14 @@ class Video:
     """A video: its name and its frames in the order in which they are shown."""
 
     name: str
-    frames: tuple[str, ...]
+    frames: Sequence[str]
     """Paths of image files; of a video file `<path>#<position>`, which no file is called."""
     container: str | None = None
     """The video file, or None for a folder of images."""
-    timestamps: tuple[int, ...] = ()
-    """Of a video file: presentation times of its frames, ascending, in the stream's time base."""
+    timestamps: Sequence[int] = ()
+    """Of a video file: presentation times of its frames, ascending, in the stream's time base; a
+    range where they are evenly spaced.
+    """
 
 
 @dataclass(frozen=True)
@@ -49,13 +76,20 @@ class Clip:
         return tuple(self.video.frames[position] for position in self.frames)
 
 
-def find_videos(root: str | Path) -> list[Video]:
+def find_videos(
+    root: str | Path,
+    *,
+    containers: bool = False,
+    timestamps: Mapping[str, Sequence[int]] | None = None,
+) -> list[Video]:
     """The videos under `root`, sorted by name, their frames in natural order.
 
     Looked for in this order: the DAVIS layout (`JPEGImages/480p`, or else another resolution),
     the YouTube-VOS layout (`train/JPEGImages` or `JPEGImages`), folders of frames in `root`
-    itself, and frames in `root` itself (one video). Frames are JPEG or PNG files. A missing or
-    unreadable folder and one without videos are a `UserError`.
+    itself, frames in `root` itself (one video), and with `containers` video files in `root` and
+    its subfolders. Frames are JPEG or PNG files. The times of a video file's frames are read from
+    it unless `timestamps` has them for its path; files that cannot be read are named in the log
+    and left out. A missing or unreadable folder and one without videos are a `UserError`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -63,14 +97,44 @@ def find_videos(root: str | Path) -> list[Video]:
         raise UserError(f"The data folder {root} {what}; give a folder of videos with --data.")
     try:
         videos = _search(root)
+        files = find_video_files(root) if containers or not videos else {}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from None
+    if videos and files:
+        _LOG.warning(
+            "Left out in %s, where folders of frames come first: %s", root, _told(files.values())
+        )
     if videos:
         return videos
+    if files and containers:
+        return _read_video_files(root, files, timestamps or {})
+    also = f", and for video files ({', '.join(VIDEO_SUFFIXES)})" if containers else ""
+    hint = f" Only training reads its {_told(files.values())}." if files else ""
     raise UserError(
         f"No videos in {root}: looked for folders of JPEG or PNG frames in JPEGImages/480p "
-        "(DAVIS), train/JPEGImages and JPEGImages (YouTube-VOS) and the folder itself."
+        "(DAVIS), train/JPEGImages and JPEGImages (YouTube-VOS) and the folder itself"
+        f"{also}.{hint}"
     )
+
+
+def find_video_files(root: str | Path) -> dict[str, str]:
+    """Name to path of the video files in `root` and in its subfolders, sorted by name.
+
+    The name is the path below `root`, with its suffix only where it is not unique without.
+    """
+    with os.scandir(root) as entries:
+        inner = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    found: set[str] = set()
+    for folder in ("", *inner):
+        with os.scandir(os.path.join(root, folder)) as entries:
+            found.update(os.path.join(folder, entry.name) for entry in entries if _is_video(entry))
+    short = {file: os.path.splitext(file)[0] for file in found}
+    count = Counter(short.values())
+    names = {
+        file if count[name] > 1 or name in found else name: os.path.join(root, file)
+        for file, name in short.items()
+    }
+    return dict(sorted(names.items()))
 
 
 def _search(root: Path) -> list[Video]:
@@ -106,6 +170,53 @@ def _natural(name: str) -> tuple[list[str | int], str]:
     """Digits compare as numbers; the name itself breaks ties such as 1 and 01."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if part.isdecimal() else part.lower() for part in parts], name
+
+
+def _is_video(entry: os.DirEntry[str]) -> bool:
+    if entry.name.startswith(".") or not entry.name.lower().endswith(VIDEO_SUFFIXES):
+        return False
+    # A link that leads nowhere counts, to be named as missing; a pipe would be waited for.
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry))
+
+
+def _read_video_files(
+    root: Path, files: Mapping[str, str], known: Mapping[str, Sequence[int]]
+) -> list[Video]:
+    """The readable ones of `files` (name to path); reads the times that are not `known`."""
+
+    def read(path: str) -> Sequence[int] | BadFrame:
+        try:
+            return read_timestamps(path)
+        except BadFrame as error:
+            return error
+
+    times = {path: compact(known[path]) for path in files.values() if path in known}
+    errors: list[BadFrame] = []
+    if new := [path for path in files.values() if path not in times]:
+        with ThreadPoolExecutor() as pool:
+            results = track(pool.map(read, new), total=len(new), title="video files", unit="file")
+            for path, result in zip(new, results, strict=True):
+                if isinstance(result, BadFrame):
+                    _LOG.warning("%s; the video is left out", result)
+                    errors.append(result)
+                else:
+                    times[path] = result
+    if not times:
+        raise UserError(
+            f"None of the {len(files)} video files in {root} can be read; one is {errors[0]}."
+        )
+    return [
+        Video(name, NumberedFrames(path, range(len(times[path]))), path, times[path])
+        for name, path in files.items()
+        if path in times
+    ]
+
+
+def _told(paths: Collection[str]) -> str:
+    """Such as `3 video files (a.mp4, b.mp4, …)`."""
+    names = ", ".join([os.path.basename(path) for path in paths][:2])
+    plural = "s" if len(paths) > 1 else ""
+    return f"{len(paths)} video file{plural} ({names}{', …' if len(paths) > 2 else ''})"
 
 
 class ClipSampler:

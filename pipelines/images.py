@@ -1,6 +1,9 @@
 """Image files in and out: frames that are surely whole, and masks as palette PNGs."""
 
 import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -17,6 +20,9 @@ _MARKERS = (  # start and end of a JPEG and of a PNG file
     (b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"),
 )
 _PADDING = b"\x00\xff\r\n\t "  # some writers add it after the end
+_MARKER = 8  # bytes of the longest
+_END = 512  # bytes read at either end of a file to look for markers
+_IMREAD_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11; saves a pass
 
 
 class BadFrame(UserError):  # noqa: N818
@@ -24,7 +30,8 @@ class BadFrame(UserError):  # noqa: N818
 
     def __init__(self, path: str | Path, reason: str) -> None:
         self.path, self.reason = str(path), reason
-        super().__init__(f"{Path(path).parent.name}/{Path(path).name}: {reason}")
+        whole = Path(os.path.abspath(path))
+        super().__init__(f"{whole.parent.name}/{whole.name}: {reason}")
 
     def __reduce__(self) -> tuple[type["BadFrame"], tuple[str, str]]:
         return type(self), (self.path, self.reason)
@@ -38,30 +45,58 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     """
     data = _read_bytes(path)
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _IMREAD_RGB or cv2.IMREAD_COLOR)
     except cv2.error:
         pixels = None
     if pixels is None:
         raise BadFrame(path, "it cannot be decoded")
-    # In place: OpenCV hands out a fresh array, and a second one would only cost time.
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)  # type: ignore[return-value]
+    if _IMREAD_RGB is None:
+        # In place: OpenCV hands out a fresh array, and a second one would only cost time.
+        cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
+    return pixels  # type: ignore[return-value]
+
+
+def check_image(path: str | Path) -> None:
+    """Raise what `read_image` would for a file that is missing, empty, cut short or no image.
+
+    Reads little more than its two ends, so damage in between is not found.
+    """
+    with _refused(path), open(path, "rb", buffering=0) as file:
+        head = file.read(_END)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
+        tail = file.read(_END)
+        if len(tail.rstrip(_PADDING)) < _MARKER:
+            file.seek(0)
+            tail = file.read()
+    _check_markers(path, head, tail)
 
 
 def _read_bytes(path: str | Path) -> bytes:
     """The content of a JPEG or PNG file that has its end marker."""
+    with _refused(path), open(path, "rb") as file:
+        data = file.read()
+    _check_markers(path, data, data)
+    return data
+
+
+@contextmanager
+def _refused(path: str | Path) -> Iterator[None]:
+    """Errors of the operating system become `BadFrame`."""
     try:
-        with open(path, "rb") as file:
-            data = file.read()
+        yield
     except FileNotFoundError:
         raise BadFrame(path, "the file is missing") from None
     except OSError as error:
         raise BadFrame(path, f"it cannot be read ({error.strerror})") from None
-    if not data:
+
+
+def _check_markers(path: str | Path, head: bytes, tail: bytes) -> None:
+    if not head:
         raise BadFrame(path, "the file is empty")
     for start, end in _MARKERS:
-        if data.startswith(start):
-            if data.rstrip(_PADDING).endswith(end):
-                return data
+        if head.startswith(start):
+            if tail.rstrip(_PADDING).endswith(end):
+                return
             raise BadFrame(path, "the file is cut short")
     raise BadFrame(path, "it is neither a JPEG nor a PNG file")
 

@@ -1,7 +1,7 @@
 """Which loader a run uses, and what all of them have in common."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,9 +10,14 @@ import torch
 from smtc.config import DataConfig
 from smtc.errors import UserError
 from smtc.pipelines.batch import Batch
-from smtc.pipelines.clips import ClipSampler, Schedule, find_videos
+from smtc.pipelines.cache import PackedFrames, Unpacked, open_packed
+from smtc.pipelines.clips import ClipSampler, Schedule, Video, find_videos
+from smtc.pipelines.dali import obstacle
+from smtc.pipelines.dali_loader import DaliLoader
 from smtc.pipelines.faults import Faults
 from smtc.pipelines.frames import FileFrames
+from smtc.pipelines.manifest import load_manifest
+from smtc.pipelines.places import cache_folder
 from smtc.pipelines.torch_loader import TorchLoader
 
 _LOG = logging.getLogger("smtc")
@@ -43,7 +48,7 @@ def build_loader(
     dtype: torch.dtype = torch.float32,
     bad_file_log: Path | None = None,
 ) -> Loader:
-    """The loader that `config.loader` names, for views of `size` (H, W).
+    """The loader that `config.loader` names, for views of `size` (H, W); what was chosen is logged.
 
     Batches come in `dtype`; those of DALI lie on `device`, the others in page-locked memory where
     there is CUDA. Bad files are recorded in `bad_file_log`. `UserError`: no data, no usable videos,
@@ -51,12 +56,67 @@ def build_loader(
     """
     if config.root is None:
         raise UserError("Which videos should be loaded? Give --data FOLDER.")
+    device = torch.device(device)
+    folder = cache_folder(config.root, config.cache)
+    manifest = load_manifest(folder, config.root)
+    timestamps = None if manifest is None else manifest.timestamps()
+    videos = find_videos(config.root, containers=True, timestamps=timestamps)
     sampler = ClipSampler(
-        find_videos(config.root),
+        videos,
         frames=config.frames,
         gap=config.gap,
         random_gap=config.random_gap,
         seed=seed,
     )
+    known_bad = {} if manifest is None else manifest.known_bad(sampler.videos)
+    if known_bad:
+        _LOG.info("Known to be broken and not read: %d (smtc data inspect).", len(known_bad))
     faults = Faults(config, bad_file_log)
-    return TorchLoader(config, schedule, sampler, FileFrames(), faults, size=size, dtype=dtype)
+    packed = _open_packed(config, folder, sampler.videos, size, known_bad)
+    by_dali = _by_dali(config, device)
+    kind = "image files" if sampler.videos[0].container is None else "video files"
+    source = f"{kind} decoded each time" if packed is None else "packed frames"
+    _LOG.info("Clips from %s, by %s.", source, "DALI" if by_dali else "OpenCV")
+    if by_dali:
+        return DaliLoader(
+            *(config, schedule, sampler, faults),
+            size=size,
+            device=device,
+            dtype=dtype,
+            known_bad=known_bad,
+            packed=packed,
+        )
+    frames = packed or FileFrames(known_bad)
+    return TorchLoader(config, schedule, sampler, frames, faults, size=size, dtype=dtype)
+
+
+def _open_packed(
+    config: DataConfig,
+    folder: Path,
+    videos: Sequence[Video],
+    size: tuple[int, int],
+    known_bad: Mapping[str, str],
+) -> PackedFrames | None:
+    """The packed frames: "cache" has to have them, "auto" takes them where they serve."""
+    if config.loader not in ("auto", "cache"):
+        return None
+    try:
+        return open_packed(folder, videos, config, size, known_bad=known_bad)
+    except UserError as error:
+        if config.loader == "cache":
+            raise
+        if not isinstance(error, Unpacked):
+            _LOG.warning("The packed frames are not used: %s", error)
+        return None
+
+
+def _by_dali(config: DataConfig, device: torch.device) -> bool:
+    """Whether DALI augments: "dali" insists on it, "auto" and "cache" take it on a GPU."""
+    if config.loader == "torch" or (config.loader != "dali" and device.type != "cuda"):
+        return False
+    missing = obstacle(device)
+    if missing is not None and config.loader == "dali":
+        raise UserError(f"{missing}; use --data.loader torch.")
+    if missing is not None:
+        _LOG.warning("%s, so the CPU decodes and augments, which may be slower.", missing)
+    return missing is None

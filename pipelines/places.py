@@ -14,10 +14,12 @@ def cache_folder(root: str | Path, given: str | Path | None = None) -> Path:
     under `~/.cache`). A place inside `root` is a `UserError`.
     """
     resolved = Path(root).resolve()
-    if given is None:
+    if given is not None:
+        folder, remedy = Path(given), "choose a place outside"
+    else:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        name = hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
-        return Path(base) / "smtc" / name
-    if Path(given).resolve().is_relative_to(resolved):
-        raise UserError(f"{given} lies inside the data folder {root}; choose a place outside.")
-    return Path(given)
+        folder = Path(base) / "smtc" / hashlib.sha256(os.fsencode(resolved)).hexdigest()[:16]
+        remedy = "name a place outside (--output of smtc data, --data.cache of smtc train)"
+    if folder.resolve().is_relative_to(resolved):
+        raise UserError(f"{folder} lies inside the data folder {root}; {remedy}.")
+    return folder

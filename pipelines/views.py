@@ -25,6 +25,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 Crop = tuple[float, float, float, float]
 Resize = Literal["squash", "crop"]
 
+# In sigmas. What a Gaussian weighs beyond is below float32's precision, and weights that are no
+# longer normal numbers would make the blur ten times slower.
+_BLUR_REACH = 5.5
+
 _LUMA = np.array([0.299, 0.587, 0.114])
 _YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _FROM_YIQ = np.linalg.inv(_YIQ)
@@ -119,11 +123,16 @@ def crop_window(
         inner_height, inner_width = size[0] * scale, size[1] * scale
         top, left = (height - inner_height) / 2, (width - inner_width) / 2
     x, y, w, h = crop
-    first_row = min(round(top + y * inner_height), height - 1)
-    first_column = min(round(left + x * inner_width), width - 1)
-    rows = max(1, round(top + (y + h) * inner_height) - first_row)
-    columns = max(1, round(left + (x + w) * inner_width) - first_column)
+    first_row = min(_nearest(top + y * inner_height), height - 1)
+    first_column = min(_nearest(left + x * inner_width), width - 1)
+    rows = max(1, _nearest(top + (y + h) * inner_height) - first_row)
+    columns = max(1, _nearest(left + (x + w) * inner_width) - first_column)
     return first_row, first_column, rows, columns
+
+
+def _nearest(position: float) -> int:
+    """The nearest whole number, the greater of two: `round` prefers even ones, DALI cannot."""
+    return math.floor(position + 0.5)
 
 
 def apply_view(
@@ -144,32 +153,59 @@ def apply_view(
     clamped to [0, 1], blurred with a kernel `blur_kernel` wide (mirrored at the border) and
     normalised by `mean` and `std`; float32, written into `out` when given.
     """
-    height, width = size
-    stacked = np.empty((len(frames), height, width, 3), np.uint8)
-    for frame, resized in zip(frames, stacked, strict=True):
+    cut = cut_frames(frames, view, size, resize=resize, antialias=antialias)
+    return recolour(cut, view, blur_kernel=blur_kernel, mean=mean, std=std, out=out)
+
+
+def cut_frames(
+    frames: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    view: ViewParameters,
+    size: tuple[int, int],
+    *,
+    resize: Resize = "squash",
+    antialias: bool = False,
+) -> NDArray[np.uint8]:
+    """The first half of `apply_view`: cropped, resized and flipped, uint8 `[T,H,W,3]`."""
+    cut = np.empty((len(frames), *size, 3), np.uint8)
+    for frame, target in zip(frames, cut, strict=True):
         top, left, rows, columns = crop_window(view.crop, frame.shape[:2], size, resize)
         window = frame[top : top + rows, left : left + columns]
-        resize_frame(window, size, antialias=antialias, out=resized)
-    if view.flip:
-        stacked = np.ascontiguousarray(stacked[:, :, ::-1])
+        resize_frame(window, size, antialias=antialias, out=target)
+        if view.flip:
+            cv2.flip(target, 1, dst=target)
+    return cut
+
+
+def recolour(
+    cut: NDArray[np.uint8],
+    view: ViewParameters,
+    *,
+    blur_kernel: int = 25,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    out: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """The second half of `apply_view`: `[T,H,W,3]` from `cut_frames` to the view `[T,3,H,W]`."""
+    frames, height, width, _ = cut.shape
     if out is None:
-        out = np.empty((len(frames), 3, height, width), np.float32)
+        out = np.empty((frames, 3, height, width), np.float32)
     # Normalising has positive gains, so it may precede the clamp if the bounds are normalised too,
     # and blurring keeps constants, so it may follow: one pass over the pixels instead of three.
     gain, offset = 1 / np.array(std), -np.array(mean) / np.array(std)
     matrix = view.colour * gain[:, None]
     matrix[:, :3] /= 255
     matrix[:, 3] += offset
-    # OpenCV takes the frames as one tall image.
-    tall = stacked.reshape(len(frames) * height, width, 3).astype(np.float32)
-    images = cv2.transform(tall, matrix, dst=tall).reshape(stacked.shape)
-    for channel in range(3):
-        least, greatest = np.float32(offset[channel]), np.float32(offset[channel] + gain[channel])
-        np.clip(images[..., channel], least, greatest, out=out[:, channel])
-    if view.blur_sigma > 0:
-        kernel = (blur_kernel, blur_kernel)
-        for frame, channel in np.ndindex(out.shape[:2]):
-            out[frame, channel] = cv2.GaussianBlur(out[frame, channel], kernel, view.blur_sigma)
+    least, greatest = offset.astype(np.float32), (offset + gain).astype(np.float32)
+    kernel = min(blur_kernel, 2 * math.ceil(_BLUR_REACH * view.blur_sigma) + 1)
+    pixels = np.empty((height, width, 3), np.float32)
+    # Frame by frame, so that what one pass writes is still in the cache for the next.
+    for frame, planes in zip(cut, out, strict=True):
+        np.copyto(pixels, frame)
+        for channel, plane in enumerate(planes):
+            cv2.transform(pixels, matrix[channel : channel + 1], dst=plane)
+            np.clip(plane, least[channel], greatest[channel], out=plane)
+            if view.blur_sigma > 0:
+                cv2.GaussianBlur(plane, (kernel, kernel), view.blur_sigma, dst=plane)
     return out
 
 

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from smtc.cli_parsing import parse
+from smtc.cli_parsing import parse, parse_config, take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,25 @@ class _Pack:
     """Processes; one a core when not given."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Preview:
+    """Draw the clips that a training run would see: both views, all frames.
+
+    For example: smtc data preview videos --preset paper --data.augment.crop 0.3 1
+
+    After the folder comes any flag of `smtc train`, but for its --output.
+    """
+
+    folder: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = None
+    """A folder of videos, as for --data; the preset's or the settings file's when not given."""
+    output: Path = Path("preview.png")
+    """The picture; one that an earlier preview wrote is replaced."""
+    clips: int = 4
+    """How many."""
+    step: int = 0
+    """Which step of the run, from 0."""
+
+
 def _data_synthesize(arguments: list[str]) -> None:
     """write synthetic videos with masks"""
     settings = parse(_Synthesize, "data synthesize", arguments)
@@ -85,7 +104,7 @@ def _data_synthesize(arguments: list[str]) -> None:
 def _data_inspect(arguments: list[str]) -> None:
     """verify every file of a data folder"""
     settings = parse(_Inspect, "data inspect", arguments)
-    from smtc.pipelines.manifest import inspect_folder
+    from smtc.pipelines.inspection import inspect_folder
 
     sys.exit(inspect_folder(**vars(settings)))
 
@@ -93,16 +112,44 @@ def _data_inspect(arguments: list[str]) -> None:
 def _data_pack(arguments: list[str]) -> None:
     """decode every frame once, into files that train faster"""
     settings = parse(_Pack, "data pack", arguments)
-    from smtc.pipelines.cache import pack
+    from smtc.pipelines.packing import pack
 
     pack(**vars(settings))
 
 
 def _data_preview(arguments: list[str]) -> None:
     """a picture of the clips that a training run will see"""
-    from smtc.pipelines.preview import preview
+    if {"-h", "--help"} & set(arguments):
+        arguments = ["--help"]
+    own, arguments = _taken(("--output", "--clips", "--step"), arguments)
+    of_training, arguments = _taken(("--preset", "--config"), arguments)
+    if arguments and (arguments[0] == "--help" or not arguments[0].startswith("-")):
+        own.append(arguments[0])
+        arguments = arguments[1:]
+    settings = parse(_Preview, "data preview", own)
+    data = [] if settings.folder is None else ["--data", settings.folder]
+    config = parse_config([*of_training, *arguments, *data])
 
-    preview(arguments)
+    from smtc.pipelines.preview import augmentation, preview
+    from smtc.training.trainer import pick_device
+
+    device = pick_device(config.train.device)
+    picture = preview(
+        config, settings.output, clips=settings.clips, step=settings.step, device=device
+    )
+    print(augmentation(config.data))
+    if config.method == "warm_start":
+        print(f"Not shown: whole batches are grey at chance {config.warm_start.grayscale:g}.")
+    print(f"What step {settings.step} sees is in {picture}.")
+
+
+def _taken(flags: tuple[str, ...], arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Those of `flags` that are given, and the other arguments."""
+    found = []
+    for flag in flags:
+        value, arguments = take(flag, arguments)
+        found += [] if value is None else [f"{flag}={value}"]
+    return found, arguments
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

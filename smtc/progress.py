@@ -2,10 +2,15 @@
 
 import logging
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
+
+_LOG = logging.getLogger("smtc")
+_END: Any = object()  # what no iterable holds
 
 Item = TypeVar("Item")
 
@@ -43,3 +48,77 @@ def track(
         for item in items:
             yield item
             shown.update()
+
+
+def patient(
+    items: Iterable[Item], what: str, remedy: str, *, seconds: float = 10.0
+) -> Iterator[Item]:
+    """Yield `items`, and say so when one is long in coming.
+
+    A line of the log says that `what` is waited for, and the `remedy`, after `seconds`, twice as
+    many, four times as many and so on, and once more when it came. Errors of `items` pass through.
+    """
+    iterator = iter(items)
+    watch = _Watch(what, remedy, seconds)
+    try:
+        while True:
+            watch.begin()
+            item = next(iterator, _END)
+            if item is _END:
+                return
+            watch.end()
+            yield item
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """A thread that speaks up when a wait is long.
+
+    It wakes at most every `seconds` and the waiting side never wakes it, so a wait costs nothing.
+    """
+
+    def __init__(self, what: str, remedy: str, seconds: float) -> None:
+        self._what, self._remedy, self._seconds = what, remedy, seconds
+        self._since: float | None = None
+        self._due = seconds  # how long a wait may last until it is told
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="patient", daemon=True).start()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._since, self._due = time.monotonic(), self._seconds
+
+    def end(self) -> None:
+        with self._lock:
+            if self._since is not None and self._due > self._seconds:
+                waited = time.monotonic() - self._since
+                _LOG.warning("After %s, %s came.", _duration(waited), self._what)
+            self._since = None
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _watch(self) -> None:
+        pause = self._seconds
+        while not self._closed.wait(pause):
+            pause = self._speak()
+
+    def _speak(self) -> float:
+        """Say what is due; returns how long nothing else can be."""
+        with self._lock:
+            if self._since is None:
+                return self._seconds
+            waited = time.monotonic() - self._since
+            if waited >= self._due and not self._closed.is_set():
+                _LOG.warning(
+                    "Waiting for %s for %s now. %s", self._what, _duration(waited), self._remedy
+                )
+                while self._due <= waited:
+                    self._due *= 2
+            return min(self._seconds, self._due - waited)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 1 else f"{seconds:.1f} s"

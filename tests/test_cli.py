@@ -178,7 +178,8 @@ def test_help_shows_the_defaults_of_the_preset(cli: Command) -> None:
 def test_the_overview_names_every_command(cli: Command, flags: tuple[str, ...]) -> None:
     told = cli(*flags)
     assert told.code == 0
-    for name in ("train", "segment", "evaluate discovery", "data synthesize", "convert"):
+    data = ("data synthesize", "data inspect", "data preview", "data pack")
+    for name in ("train", "segment", "evaluate discovery", *data, "convert", "bench data"):
         assert re.search(rf"^  smtc {name} +\w", told.out, re.MULTILINE), name
 
 
@@ -191,6 +192,9 @@ def test_the_overview_names_every_command(cli: Command, flags: tuple[str, ...]) 
             ["--data", "--output", "--dataset", "--checkpoint", "--untrained", "--seed"],
         ),
         ("data synthesize", ["--videos", "--frames", "--size", "--seed", "--difficulty"]),
+        ("data inspect", ["--output", "--frames", "--workers"]),
+        ("data preview", ["--output", "--clips", "--step"]),
+        ("data pack", ["--output", "--size", "--keep-aspect", "--antialias", "--workers"]),
         ("convert", ["--help"]),
     ],
 )

@@ -13,6 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from smtc.progress import bar
 
+_NOTEWORTHY_WAIT = 0.05  # of the time: more is shown beside the loss
+
 
 class Telemetry:
     """Collects the scalars of steps on the device and reads them only when a step is logged."""
@@ -56,9 +58,10 @@ class Telemetry:
         self._lines.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._bar.set_postfix(
-            loss=f"{values['loss']:.3f}", clips_per_s=f"{values['clips_per_s']:.1f}", refresh=False
-        )
+        shown = {"loss": f"{values['loss']:.3f}", "clips_per_s": f"{values['clips_per_s']:.1f}"}
+        if values["data_wait_share"] > _NOTEWORTHY_WAIT:
+            shown["waiting_for_data"] = f"{values['data_wait_share']:.0%}"
+        self._bar.set_postfix(shown, refresh=False)
         self._sums, self._steps, self._clips, self._waited = {}, 0, 0, 0.0
         self._since = time.perf_counter()
         return values

@@ -21,6 +21,7 @@ from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.clips import Schedule
 from smtc.pipelines.loading import Loader, build_loader
+from smtc.progress import patient
 from smtc.training.checkpoint import (
     check_run_folder,
     claim_run_folder,
@@ -38,6 +39,11 @@ from smtc.training.telemetry import Telemetry, read_metrics
 from smtc.warm_start import WarmStart
 
 logger = logging.getLogger("smtc")
+
+SLOW_DATA = (
+    "Reading or decoding is slower than training: raise data.workers, move the data to a faster "
+    "disk, or decode it once with `smtc data pack`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +155,7 @@ class Trainer:
         )
         try:
             asked = time.perf_counter()
-            for batch in loader:
+            for batch in patient(loader, "the next batch", SLOW_DATA):
                 waited = time.perf_counter() - asked
                 scalars = self._step(batch.to(self.device))
                 telemetry.add(scalars, clips=len(batch.index), waited=waited)

@@ -18,7 +18,7 @@ def test_an_unknown_part_ends_in_a_sentence() -> None:
     command = ["make", "--silent", "gpu-check", "PART=step", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "'step' is no part; say make gpu-check PART=tests|kernels" in done.stderr
+    assert "'step' is no part; say make gpu-check PART=tests|kernels|data" in done.stderr
 
 
 def test_without_a_gpu_nothing_is_installed(
@@ -78,13 +78,13 @@ def test_the_steps_are_commands_that_exist(part: str, tmp_path: Path) -> None:
 
 
 def test_a_machine_without_the_command_line_s_packages_will_do() -> None:
-    """None of tyro, DALI, PyAV or TensorBoard is needed to check and time the kernels."""
+    """None of tyro, DALI, PyAV or TensorBoard is needed to check and time kernels and loaders."""
     code = """
 import sys
 for name in ("tyro", "nvidia.dali", "av", "timm", "tensorboard", "torch.utils.tensorboard"):
     sys.modules[name] = None
 from smtc import presets
-from smtc.benchmarks import kernels, parity, report
+from smtc.benchmarks import data, kernels, parity, report
 from smtc.method import SMTCMethod
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

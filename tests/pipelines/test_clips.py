@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from smtc.errors import UserError
-from smtc.pipelines.clips import ClipSampler, Schedule, Video, find_videos
+from smtc.pipelines.clips import (
+    ClipSampler,
+    Schedule,
+    Video,
+    find_video_files,
+    find_videos,
+)
 
 
 def lay(root: Path, *names: str) -> None:
@@ -79,6 +85,40 @@ def test_what_is_wrong_with_a_folder_is_said(
 
     monkeypatch.setattr(os, "listdir", forbidden)
     with pytest.raises(UserError, match=r"cannot be read \(Permission denied"):
+        find_videos(tmp_path)
+
+
+def test_video_files_have_unique_names(tmp_path: Path) -> None:
+    lay(tmp_path, "run/a.mp4", "run/a.avi", "walk/a.mp4", "b.mp4", "b.mp4.MOV", "c.d.webm")
+    files = find_video_files(tmp_path)
+    assert list(files) == ["b", "b.mp4.MOV", "c.d", "run/a.avi", "run/a.mp4", "walk/a"]
+    assert files["b"] == str(tmp_path / "b.mp4")
+    known = {path: (0, 40, 80) for path in files.values()}
+    videos = find_videos(tmp_path, containers=True, timestamps=known)
+    assert [video.name for video in videos] == list(files)
+    assert list(videos[0].frames) == [f"{files['b']}#{i}" for i in range(3)]
+    assert (videos[0].container, videos[0].timestamps) == (files["b"], range(0, 81, 40))
+
+
+def test_folders_of_frames_come_before_video_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lay(tmp_path, "v/1.jpg", "a.mp4", "v/b.avi", "c.mkv")
+    with caplog.at_level(logging.WARNING, "smtc"):
+        assert found(tmp_path) == {"v": ["1.jpg"]}
+        assert not caplog.records
+        assert [video.container for video in find_videos(tmp_path, containers=True)] == [None]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Left out in {tmp_path}, where folders of frames come first: "
+        "3 video files (a.mp4, c.mkv, …)"
+    ]
+
+
+def test_a_folder_of_video_files_only_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"itself, and for video files \(\.mp4, .*\.m4v\)\.$"):
+        find_videos(tmp_path, containers=True)
+    lay(tmp_path, "run/a.mp4")
+    with pytest.raises(UserError, match=r"itself\. Only training reads its 1 video file \(a\.mp4"):
         find_videos(tmp_path)
 
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from smtc.errors import UserError
+from smtc.pipelines import images
 from smtc.pipelines.images import BadFrame, mask_palette, read_ids, read_image, write_ids
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [90, 160, 30]]], np.uint8)
@@ -44,6 +45,15 @@ def test_every_kind_of_png_becomes_rgb_of_8_bits(tmp_path: Path, kind: str) -> N
     else:
         cv2.imwrite(str(path), grey.astype(np.uint16) * 257)
     np.testing.assert_array_equal(read_image(path), expected)
+
+
+def test_an_opencv_that_reads_bgr_only_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg(tmp_path / "a.jpg")
+    expected = read_image(tmp_path / "a.jpg")
+    monkeypatch.setattr(images, "_IMREAD_RGB", None)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), expected)
 
 
 def test_a_jpeg_is_close_to_what_another_decoder_reads(tmp_path: Path) -> None:
@@ -127,6 +137,15 @@ def test_ids_survive_and_show_the_davis_colours(tmp_path: Path) -> None:
     assert [tuple(colour) for colour in shown[:5].tolist()] == known
     assert tuple(shown[9].tolist()) == (192, 0, 0)
     assert tuple(shown[255].tolist()) == (224, 224, 192)
+
+
+@pytest.mark.parametrize("path", ["v.mp4", "./v.mp4", "inner/../v.mp4"])
+def test_a_bad_frame_is_named_with_its_folder_wherever_it_is_named_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = BadFrame(path, "it is odd")
+    assert (str(error), error.path) == (f"{tmp_path.name}/v.mp4: it is odd", path)
 
 
 def test_masks_without_ids_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from smtc.config import AugmentConfig, DataConfig
 from smtc.errors import UserError
+from smtc.pipelines import torch_loader
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.clips import ClipSampler, Schedule, find_videos
 from smtc.pipelines.images import read_image
@@ -149,6 +150,18 @@ def test_half_precision_views(videos: Path) -> None:
     )
     assert half.views.dtype == torch.bfloat16
     assert torch.equal(full.views.bfloat16(), half.views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_worker_writes_where_the_trainer_reads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise every batch would be copied into shared memory once more."""
+    assert not torch_loader._empty((2, 3, 5), dtype).is_shared()
+    monkeypatch.setattr(torch_loader, "get_worker_info", object)
+    made = torch_loader._empty((2, 3, 5), dtype)
+    assert made.is_shared() and made.is_contiguous()
+    assert (made.shape, made.dtype, made.numel()) == ((2, 3, 5), dtype, 30)
 
 
 def test_independent_views_say_where_they_lie(videos: Path) -> None:

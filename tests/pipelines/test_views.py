@@ -16,8 +16,10 @@ from smtc.pipelines.views import (
     apply_view,
     colour_matrix,
     crop_window,
+    cut_frames,
     draw_views,
     prepare_frames,
+    recolour,
 )
 
 EVERYTHING = AugmentConfig(
@@ -212,6 +214,26 @@ def test_the_blur_kernel_is_as_wide_as_said() -> None:
     frames[0, 15, 15] = 255
     view = apply_view(frames, ViewParameters(blur_sigma=3.0), (31, 31), blur_kernel=5)
     assert (as_pixels(view)[0, ..., 0] > 1e-4).sum() == 25
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.43, 0.87, 1.3, 2.0, 4.0])
+def test_the_blur_leaves_out_only_what_weighs_nothing(sigma: float) -> None:
+    """A Gaussian of 25 taps in double precision, whatever is cut off for speed."""
+    frames = np.random.default_rng(2).integers(0, 2, (1, 48, 40, 3)).astype(np.uint8) * 255
+    got = apply_view(frames, ViewParameters(blur_sigma=sigma), (48, 40))
+    taps = np.exp(-(np.arange(-12, 13) ** 2) / (2 * sigma**2))
+    kernel = taps / taps.sum()
+    whole = cv2.sepFilter2D(frames[0] / 255, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+    expected = (whole - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(got[0], expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_a_view_is_a_cut_and_its_colours() -> None:
+    frames = picture(20, 28)
+    view = ViewParameters((0.1, 0.2, 0.6, 0.5), True, colour_matrix(jitter=(1.2, 1.1, 1, 0)), 0.8)
+    cut = cut_frames(frames, view, (12, 16))
+    assert (cut.shape, cut.dtype) == ((3, 12, 16, 3), np.uint8)
+    np.testing.assert_array_equal(recolour(cut, view), apply_view(frames, view, (12, 16)))
 
 
 def test_a_view_is_written_where_it_is_wanted() -> None:
