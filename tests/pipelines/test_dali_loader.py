@@ -4,6 +4,8 @@ import logging
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -518,3 +520,8 @@ def test_what_cannot_be_is_refused(videos: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_no_step_left(videos: Path) -> None:
     assert list(loader(videos, start_step=4)) == []
+
+
+def test_dali_is_imported_only_where_it_is_used() -> None:
+    code = "import sys, smtc.pipelines.dali_loader; assert 'nvidia.dali' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,7 +10,14 @@ from PIL import Image
 
 from smtc.errors import UserError
 from smtc.pipelines import images
-from smtc.pipelines.images import BadFrame, mask_palette, read_ids, read_image, write_ids
+from smtc.pipelines.images import (
+    BadFrame,
+    check_image,
+    mask_palette,
+    read_ids,
+    read_image,
+    write_ids,
+)
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [90, 160, 30]]], np.uint8)
 
@@ -107,6 +114,34 @@ def test_other_bad_files_name_file_and_reason(tmp_path: Path) -> None:
             read_image(folder / name)
         assert str(caught.value) == f"clip/{name}: {reason}"
         assert isinstance(caught.value, UserError)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("padding", [0, 1, 504, 506, 509, 510, 511, 512, 4000])
+def test_the_ends_of_a_file_tell_what_reading_it_would(
+    tmp_path: Path, kind: str, padding: int
+) -> None:
+    """Also when the end marker lies across the border of what is read first."""
+    path = tmp_path / "clip" / f"00001.{kind}"
+    jpeg(path)
+    if kind == "png":
+        Image.fromarray(COLOURS).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole + bytes(padding))
+    check_image(path)
+    for content in (whole[:-3] + bytes(padding), whole[:9], b"", b"no picture", bytes(900)):
+        path.write_bytes(content)
+        with pytest.raises(BadFrame) as read:
+            read_image(path)
+        with pytest.raises(BadFrame) as checked:
+            check_image(path)
+        assert str(checked.value) == str(read.value)
+    path.unlink()
+    with pytest.raises(BadFrame, match="missing"):
+        check_image(path)
+    path.mkdir()
+    with pytest.raises(BadFrame, match=r"cannot be read \(Is a directory\)"):
+        check_image(path)
 
 
 def test_a_decoder_that_raises_is_a_bad_frame(

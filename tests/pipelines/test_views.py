@@ -185,6 +185,15 @@ def test_the_centred_crop_has_the_shape_of_the_view() -> None:
     assert crop_window((0.999, 0.999, 0.001, 0.001), (8, 8), (4, 4), "squash")[2:] == (1, 1)
 
 
+def test_halves_are_rounded_up() -> None:
+    """As DALI can do it too; `round` would take 2.5 to 2 and 3.5 to 4."""
+    whole = (0.0, 0.0, 1.0, 1.0)
+    assert crop_window(whole, (4, 9), (4, 4), "crop") == (0, 3, 4, 4)
+    assert crop_window(whole, (4, 11), (4, 4), "crop") == (0, 4, 4, 4)
+    assert crop_window((0.5, 0.5, 0.5, 0.5), (5, 7), (4, 4), "squash") == (3, 4, 2, 3)
+    assert crop_window((0.0, 0.0, 0.5, 0.5), (5, 7), (4, 4), "squash") == (0, 0, 3, 4)
+
+
 def test_windows_stay_inside_the_frame() -> None:
     rng = np.random.default_rng(0)
     for _ in range(2000):
