@@ -2,8 +2,11 @@
 
 import ctypes
 import math
+import multiprocessing
+import os
 import signal
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -52,6 +55,7 @@ class _Batches(Dataset[_Made]):
     ) -> None:
         self.config, self.schedule, self.sampler, self.frames = config, schedule, sampler, frames
         self.size, self.dtype = size, dtype
+        self.closing = multiprocessing.get_context().Event()  # the workers are to end
 
     def __getitem__(self, step: int) -> _Made:
         try:
@@ -126,8 +130,11 @@ class TorchLoader:
     ) -> None:
         self.faults = faults
         self._steps = schedule.remaining
+        batches = _Batches(config, schedule, sampler, frames, size, dtype)
+        self._closing = batches.closing
+        weakref.finalize(self, self._closing.set)  # also where nobody calls `close`
         self._loader = DataLoader(
-            _Batches(config, schedule, sampler, frames, size, dtype),
+            batches,
             batch_size=None,
             sampler=self._steps,
             num_workers=config.workers,
@@ -143,6 +150,7 @@ class TorchLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Start at the first step; an earlier iteration that was left midway ends."""
         self.close()
+        self._closing.clear()
         self._running = iter(self._loader)
         return self
 
@@ -170,6 +178,7 @@ class TorchLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self._closing.set()
         self._running = None  # the last reference: torch's iterator stops its workers as it goes
 
 
@@ -178,6 +187,7 @@ def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
     _keep_freed_memory()
     _die_with_parent()
+    _leave_signals_to_the_parent()
 
 
 def _keep_freed_memory() -> None:
@@ -194,3 +204,16 @@ def _die_with_parent() -> None:
     """Also in the middle of a read that never ends, where torch's own watch does not look."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _leave_signals_to_the_parent() -> None:
+    """A terminal or a scheduler signals all processes at once, and the parent may want to end its
+    step and to save first; torch terminates a worker that hangs when the loader closes.
+    """
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, _Batches)
+    closing = info.dataset.closing
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1) if closing.is_set() else None)
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

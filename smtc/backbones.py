@@ -81,16 +81,22 @@ class Encoder(nn.Module, ABC):
         self.patch = config.patch
         self.neck = Neck(width, config.neck) if config.neck else None
 
+    @property
+    def branches(self) -> int:
+        """How many branches stochastic depth may drop."""
+        return 0
+
     @abstractmethod
-    def features(self, frames: Tensor) -> Tensor:
+    def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         """Features before the neck: frames `[B,3,H,W]`, normalised, to `[B,L,D]`."""
 
-    def forward(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         """Frames `[B,3,H,W]`, floating point and normalised, to features `[B,L,D]`, row by row.
 
-        Raises `UserError` when H or W is no multiple of the patch.
+        `depth [B,branches]` (uniform in [0, 1)) fixes which branches training drops; without it
+        torch's generator does. Raises `UserError` when H or W is no multiple of the patch.
         """
-        features = self.features(frames)
+        features = self.features(frames, depth)
         return features if self.neck is None else self.neck(features)
 
     def grid(self, frames: Tensor) -> tuple[int, int]:
@@ -157,17 +163,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, depth: Tensor | None = None) -> Tensor:
+        """Tokens `[B,tokens,D]`; `depth [B,2]` fixes which of the two branches are dropped."""
+        first, second = (None, None) if depth is None else depth.unbind(dim=1)
+        x = x + self.drop_path(self.attn(self.norm1(x)), first)
+        return x + self.drop_path(self.mlp(self.norm2(x)), second)
 
-    def drop_path(self, branch: Tensor) -> Tensor:
-        """Stochastic depth: drop the branch `[B,tokens,D]` of some frames, scale up the others."""
+    def drop_path(self, branch: Tensor, drawn: Tensor | None = None) -> Tensor:
+        """Stochastic depth: drop the branch `[B,tokens,D]` of some frames, scale up the others.
+
+        Dropped are frames whose number of `drawn [B]`, uniform in [0, 1), is below the chance.
+        """
         if not self.training or self.drop == 0:
             return branch
-        keep = 1 - self.drop
-        kept = branch.new_empty(len(branch), 1, 1).bernoulli_(keep)
-        return branch * (kept / keep)
+        if drawn is None:
+            drawn = torch.rand(len(branch), device=branch.device)
+        kept = (drawn >= self.drop).to(branch.dtype) / (1 - self.drop)
+        return branch * kept[:, None, None]
 
 
 class PatchEmbed(nn.Module):
@@ -205,15 +217,20 @@ class VisionTransformer(Encoder):
         )
         self.norm = nn.LayerNorm(size.width, eps=1e-6)
 
-    def features(self, frames: Tensor) -> Tensor:
+    @property
+    def branches(self) -> int:
+        return 2 * len(self.blocks)
+
+    def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         x = self.embed(frames)
-        for block in self.blocks[:-1]:
-            x = block(x)
+        drawn = [None] * len(self.blocks) if depth is None else depth.split(2, dim=1)
+        for block, dropped in zip(self.blocks[:-1], drawn, strict=False):
+            x = block(x, dropped)
         last = self.blocks[-1]
         assert isinstance(last, Block)
         if self.config.feature == "keys":
             return last.attn.keys(last.norm1(x[:, 1:]))
-        return last(x)[:, 1:]
+        return last(x, drawn[-1])[:, 1:]
 
     def embed(self, frames: Tensor) -> Tensor:
         """CLS and patch tokens with their positions: `[B,3,H,W]` to `[B,1+L,D]`."""
@@ -306,7 +323,7 @@ class ResNet50(Encoder):
             first, *(Bottleneck(4 * width, width, stride=1) for _ in range(1, blocks))
         )
 
-    def features(self, frames: Tensor) -> Tensor:
+    def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         self.grid(frames)
         x = F.relu(self.bn1(self.conv1(frames)))
         x = F.max_pool2d(x, 3, stride=2, padding=1)

@@ -367,11 +367,24 @@ class TrainConfig:
     """Clips a step and process."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16: autocast; fp16 with a loss scale that adapts."""
+    accumulate: int = 1
+    """Batches whose gradients are summed for one step."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """After a step whose gradient is not finite, which is never applied: stop the run, or go on and
+    count.
+    """
     threads: int | None = None
     """Torch's CPU threads in this process; none: torch's choice."""
     log_every: int = 10
     checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    """The newest so many, besides the best."""
+    pictures_every: int = 500
+    """Steps between pictures of masks in TensorBoard; 0: none."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others."""
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
@@ -384,9 +397,37 @@ class TrainConfig:
             self.checkpoint_every >= 1,
             f"train.checkpoint-every is {self.checkpoint_every}; it must be at least 1.",
         )
+        for name in ("accumulate", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name.replace('_', '-')} is {value}; use 1 or more.")
+        _require(
+            self.pictures_every >= 0,
+            f"train.pictures-every is {self.pictures_every}; use 0 for none.",
+        )
+        _require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive.")
         _require(
             self.threads is None or 1 <= self.threads <= 1024,
             f"train.threads is {self.threads}; use 1 or more.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Scoring on held-out videos while training."""
+
+    every: int = 0
+    """Steps between two scores; 0: never."""
+    data: str | None = None
+    """The folder of the held-out videos, with masks."""
+    dataset: Literal["synthetic", "davis2016"] = "synthetic"
+    metric: str | None = None
+    """What makes a checkpoint the best; none: fg_iou (synthetic), j_sequences (davis2016)."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"eval.every is {self.every}; use 0 for never.")
+        _require(
+            not self.every or self.data is not None,
+            "eval.every needs held-out videos with masks; name their folder with --eval.data.",
         )
 
 
@@ -402,6 +443,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     init: str | None = None
     """Weights to start from: a run folder, a model folder or a .safetensors file of ours."""
     output: str | None = None

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from smtc.config import Config
-from smtc.keyed_random import keyed_normal, keyed_other_frame
+from smtc.diagnostics import diagnose
+from smtc.keyed_random import keyed_normal, keyed_other_frame, keyed_uniform
 from smtc.model import SMTC, Output
 from smtc.objectives import smtc_losses
 from smtc.pipelines.batch import Batch
@@ -21,6 +22,13 @@ logger = logging.getLogger("smtc")
 STUDENT_NOISE_STREAM = 1
 TEACHER_NOISE_STREAM = 2
 REFERENCE_STREAM = 3
+DEPTH_STREAM = 4
+
+# What only the instance loss reaches, and what it alone reaches in the last iteration.
+_INSTANCES_ONLY = ("slot_attention.slots_sigma", "mlp_slot.")
+_AFTER_ATTENTION = tuple(
+    f"slot_attention.{part}." for part in ("project_v", "norm_pre_ff", "mlp", "gru")
+)
 
 
 class Method(nn.Module, ABC):
@@ -33,7 +41,8 @@ class Method(nn.Module, ABC):
     def trainable(self, step: int) -> dict[str, nn.Parameter]:
         """Parameters that learn at `step`, by name; a change of this set is a new phase.
 
-        Everything else must not require a gradient. Names that start with `encoder.` get the
+        All of them get a gradient in every `training_step` of the phase, which is what keeps many
+        processes together; nothing else requires one. Names that start with `encoder.` get the
         encoder's rate.
         """
 
@@ -41,14 +50,22 @@ class Method(nn.Module, ABC):
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Scalars of one step, the one to minimise under `loss`; no host synchronisation."""
 
-    def after_step(self, step: int) -> None:
-        """What follows by momentum."""
+    def after_step(self, step: int, skipped: Tensor) -> None:
+        """What follows by momentum; not at all where `skipped` (bool `[]`, on the device), because
+        the gradient of the step was not finite and nothing learned from it.
+        """
 
     @abstractmethod
     def save_model(self, folder: Path) -> None:
         """Write what people use after training, in the form that `smtc.load_model` or `--init`
         reads.
         """
+
+    def segmenter(self) -> SMTC | None:
+        """The model that finds masks, for scores and pictures while training; None where there is
+        none.
+        """
+        return None
 
 
 class SMTCMethod(Method):
@@ -84,11 +101,22 @@ class SMTCMethod(Method):
             dead.add("slot_attention.slots_sigma")
         if frozen and not optim.frozen_backward:
             dead |= {f"encoder.{name}" for name, _ in self.student.encoder.named_parameters()}
+        idle = self._idle_parts(step)
         return {
             name: parameter
             for name, parameter in self.student.named_parameters()
-            if name not in dead
+            if name not in dead and not name.startswith(idle)
         }
+
+    def _idle_parts(self, step: int) -> tuple[str, ...]:
+        """Beginnings of the names that get no gradient while the instance loss does not count."""
+        if step >= self.config.objective.instance_from_step:
+            return ()
+        model = self.config.model
+        if model.gradient == "full" and model.iterations > 1:
+            return _INSTANCES_ONLY
+        # The mask losses see the logits of the last iteration, which end before the values.
+        return (*_INSTANCES_ONLY, *_AFTER_ATTENTION)
 
     def training_step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One forward pass of student (first view) and teacher (second view) and the losses between
@@ -98,7 +126,10 @@ class SMTCMethod(Method):
         student_view, teacher_view = batch.views.unbind(dim=1)
         reference = self._references(batch.index, student_view.shape[1])
         student: Output = self.student(
-            student_view, self._noise(batch, STUDENT_NOISE_STREAM), reference
+            student_view,
+            self._noise(batch, STUDENT_NOISE_STREAM),
+            reference,
+            depth=self._depth(batch),
         )
         teacher: Output = self.teacher(
             teacher_view, self._noise(batch, TEACHER_NOISE_STREAM), reference
@@ -111,13 +142,20 @@ class SMTCMethod(Method):
             with_instances=step >= objective.instance_from_step,
             impl=self.config.model.impl,
         )
-        return {name: value for name, value in losses._asdict().items() if value is not None}
+        found = {name: value for name, value in losses._asdict().items() if value is not None}
+        return found | diagnose(student, teacher)
 
     def _noise(self, batch: Batch, stream: int) -> Tensor:
         """What instance slots are sampled with, keyed by the clips: `[B,T,N,P,D]`."""
         model = self.config.model
         shape = batch.views.shape[2], model.slots, model.instances, self.student.width
         return keyed_normal(self.config.train.seed, batch.index, stream, shape)
+
+    def _depth(self, batch: Batch) -> Tensor:
+        """What stochastic depth is decided with, keyed by the clips: `[B,T,branches]`."""
+        frames, branches = batch.views.shape[2], self.student.encoder.branches
+        drawn = keyed_uniform(self.config.train.seed, batch.index, DEPTH_STREAM, frames * branches)
+        return drawn.view(-1, frames, branches)
 
     def _references(self, index: Tensor, frames: int) -> Tensor:
         """The frame that each is correlated with, the same for student and teacher: `[B,T]`."""
@@ -126,10 +164,14 @@ class SMTCMethod(Method):
         previous = (torch.arange(frames, device=index.device) - 1) % frames
         return previous.expand(len(index), -1)
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, skipped: Tensor) -> None:
         """The teacher follows the student."""
-        self.teacher.follow(self.student)
+        self.teacher.follow(self.student, skipped)
 
     def save_model(self, folder: Path) -> None:
         """The student's weights and settings."""
         save_model(self.student, folder)
+
+    def segmenter(self) -> SMTC:
+        """The student."""
+        return self.student

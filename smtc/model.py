@@ -71,13 +71,14 @@ class SMTC(nn.Module):
         noise: Tensor | None = None,
         reference: Tensor | None = None,
         *,
+        depth: Tensor | None = None,
         iterations: int | None = None,
     ) -> Output:
         """Find semantics and instances in `clip [B,T,3,H,W]` (normalised frames).
 
-        `noise [B,T,N,P,D]` (standard normal) and `reference [B,T]` (int64, another frame of the
-        clip) fix the draws. Without them, training mode draws from torch's generator, evaluation
-        mode takes fixed noise and the previous frame.
+        `noise [B,T,N,P,D]` (standard normal), `reference [B,T]` (int64, another frame of the clip)
+        and `depth [B,T,branches]` (uniform, stochastic depth) fix the draws. Without them, training
+        mode draws from torch's generator, evaluation mode takes fixed noise and the previous frame.
         """
         batch, frames = clip.shape[:2]
         if iterations is None:
@@ -87,7 +88,7 @@ class SMTC(nn.Module):
         if reference is None:
             reference = self._draw_reference(batch, frames, clip.device)
         self._check(clip, noise, reference, iterations)
-        features, grid = self.encode(clip)
+        features, grid = self.encode(clip, depth)
         fused = self._fuse(features, reference, grid)
         slots = self.slot_attention(fused.flatten(0, 1), noise.flatten(0, 1), iterations)
         split = [part.unflatten(0, (batch, frames)) for part in slots]
@@ -120,9 +121,10 @@ class SMTC(nn.Module):
         if iterations < 1:
             raise ValueError(f"iterations: expected at least 1, got {iterations}")
 
-    def encode(self, clip: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def encode(self, clip: Tensor, depth: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Features `[B,T,L,D]` of `clip [B,T,3,H,W]`, and the grid (rows, columns)."""
-        features = self.encoder(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+        drawn = None if depth is None else depth.flatten(0, 1)
+        features = self.encoder(clip.flatten(0, 1), drawn).unflatten(0, clip.shape[:2])
         return features, self.encoder.grid(clip)
 
     def _fuse(self, features: Tensor, reference: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -23,7 +23,9 @@ class BesideBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def bar(*, total: int | None, title: str, unit: str = "it", initial: int = 0) -> tqdm:
+def bar(
+    *, total: int | None, title: str, unit: str = "it", initial: int = 0, shown: bool = True
+) -> tqdm:
     """A progress bar with an ETA. Where standard error is no terminal (a log file), a line every 10
     s.
     """
@@ -33,6 +35,7 @@ def bar(*, total: int | None, title: str, unit: str = "it", initial: int = 0) ->
         desc=title,
         unit=unit,
         initial=initial,
+        disable=not shown,
         dynamic_ncols=live,
         mininterval=0.1 if live else 10.0,
     )

@@ -32,15 +32,20 @@ class Teacher(nn.Module):
         return self.model(*args, **kwargs)
 
     @torch.no_grad()
-    def follow(self, student: nn.Module) -> None:
-        """One step of the moving average; buffers (batch statistics) are copied."""
+    def follow(self, student: nn.Module, skipped: Tensor | None = None) -> None:
+        """One step of the moving average; buffers (batch statistics) are copied.
+
+        Nothing changes where `skipped` (bool `[]`, on the device).
+        """
+        share = 1 - self.config.momentum
         mine = self._followed(self.model.named_parameters())
-        theirs = self._followed(student.named_parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - self.config.momentum)
+        ahead = torch._foreach_sub(self._followed(student.named_parameters()), mine)
+        torch._foreach_mul_(ahead, share if skipped is None else share * (~skipped).float())
+        torch._foreach_add_(mine, ahead)
         mine = self._followed(self.model.named_buffers())
         theirs = self._followed(student.named_buffers())
         for own, other in zip(mine, theirs, strict=True):
-            own.copy_(other)
+            own.copy_(other if skipped is None else torch.where(skipped, own, other))
 
     def _followed(self, named: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         everything = self.config.scope == "all"

@@ -81,7 +81,7 @@ def _read(path: str | Path) -> Source:
         return read_source(path)
     except UserError as error:
         file = Path(path)
-        resumes = file.parent.name == "checkpoints" and file.match("step_*.pt")
+        resumes = file.parent.name == "checkpoints" and file.match("step_*")
         if not resumes or not file.exists():
             raise
         raise UserError(

@@ -223,6 +223,7 @@ def test_a_run_whose_checkpoint_is_damaged(
 ) -> None:
     command = train_flags(synthetic_data, tmp_path / "run")
     assert cli(*command).code == 0
-    file = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    file = next(folder.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:1000])
-    assert "step_00000002.pt" in refused(*command)
+    assert "step_00000002 is damaged" in refused(*command)

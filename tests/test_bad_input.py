@@ -173,7 +173,7 @@ def test_a_stray_word(safe: Command) -> None:
         ("--teacher.momentum 1.5", "teacher.momentum is 1.5"),
         ("--train.steps 1.5", "train.steps"),
         ("--train.device gpu", "train.device"),
-        ("--train.precision fp16", "bf16"),
+        ("--train.precision fp8", "bf16"),
     ],
 )
 def test_impossible_values(

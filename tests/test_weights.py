@@ -16,7 +16,7 @@ from smtc.backbones import Encoder, build_encoder
 from smtc.config import BackboneConfig, ModelConfig, to_dict
 from smtc.errors import UserError
 from smtc.model import SMTC
-from smtc.training.checkpoint import save_checkpoint
+from smtc.training.checkpoint import Checkpoints
 from smtc.weights import (
     checkpoint_hash,
     convert,
@@ -211,14 +211,18 @@ def test_a_saved_model_has_the_mode_of_an_ordinary_file(tmp_path: Path) -> None:
 def test_what_training_resumes_from_is_no_model(tmp_path: Path) -> None:
     model = SMTC(SMALL)
     (tmp_path / "run").mkdir()
-    file = save_checkpoint(tmp_path / "run", 7, {"method": model.state_dict()})
-    sentence = r"step_00000007.pt is what training resumes from.* name the run folder .*run instead"
+    saving = Checkpoints(tmp_path / "run")
+    saving.save(7, 7, {"method": model.state_dict()})
+    saving.close()
+    file = tmp_path / "run" / "checkpoints" / "step_00000007"
+    sentence = r"step_00000007 is what training resumes from.* name the run folder .*run instead"
     for load in (load_model, lambda path: load_init(model, path)):
         with pytest.raises(UserError, match=sentence):
             load(file)
     with pytest.raises(UserError, match="There is no file"):
-        load_model(file.with_name("step_00000008.pt"))
+        load_model(file.with_name("step_00000008"))
     # The name alone says nothing: a model of the authors may have it too.
+    file = file.with_name("step_00000009.pt")
     torch.save({"model_state_dict": fill(authors_shapes())}, file)
     assert isinstance(load_model(file), SMTC)
 

@@ -1,170 +1,208 @@
-"""Simple checkpoints: one file a save, written beside its name and renamed, the last two kept."""
+"""Checkpoints of a run: whole or absent, the newest ones and the best kept.
 
-import io
+A checkpoint is a folder `checkpoints/step_<step>` in the format of torch.distributed.checkpoint,
+with a `state.json` that says how long its files are. It is written under another name, in a thread
+of its own while training goes on with a copy of the state taken before, and renamed when it is
+whole: a program that dies while it writes leaves nothing that counts.
+"""
+
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from smtc.config import Config, flatten, to_dict
 from smtc.errors import UserError
-from smtc.weight_files import read_checkpoint
+from smtc.training.run_folder import write_json
 
 logger = logging.getLogger("smtc")
 
-KEPT = 2
+State = dict[str, Any]
+"""Nested dictionaries of tensors."""
 
-# Settings that change how a run computes, not what it computes: a run may continue with others.
-_FREE_TO_CHANGE = {
-    "output",
-    "train.device",
-    "train.threads",
-    "train.log_every",
-    "train.checkpoint_every",
-    "data.workers",
-    "data.prefetch",
-    "data.loader",
-    "data.cache",
-    "data.cache_memory",
-    "data.roi_decode",
-    "data.hardware_decoder",
-    "data.max_bad_share",
-    "model.impl",
-}
-
-# The same place may be named in several ways.
-_PATHS = {"data.root", "init", "model.backbone.weights"}
+_STATE, _BEST = "state.json", "best.json"
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write `state` as `checkpoints/step_<step>.pt` under the run folder and drop the oldest."""
-    target = folder / "checkpoints" / f"step_{step:08d}.pt"
-    partial = target.with_suffix(".partial")
-    try:
-        target.parent.mkdir(exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(_serialised({"step": step, **state}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"The checkpoint {target} could not be written ({error.strerror}); free some space "
-            "and run the same command again: it continues from the last one."
-        ) from error
-    for old in _checkpoints(folder)[:-KEPT]:
-        old.unlink()
-    return target
+class Checkpoints:
+    """The checkpoints of one run folder, of which the newest `keep` and the best stay."""
 
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self._folder = folder / "checkpoints"
+        self._keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-def _serialised(state: dict[str, Any]) -> memoryview:
-    # Through memory, because torch hides what is wrong with a disk behind an error of its own.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
+    def save(self, step: int, sample: int, state: State, *, score: float | None = None) -> None:
+        """Copy `state` to memory and start to write it as the checkpoint of `step`.
 
+        `sample` is the global index of the first sample not yet seen. The checkpoint with the
+        greatest `score` is the best one. Waits for the write before this one; raises `UserError`
+        where that one failed.
+        """
+        self.wait()
+        # Copied here and now, because the next step changes the tensors.
+        copied = {name: value.to("cpu", copy=True) for name, value in _flat(state)}
+        self._writing = self._writer.submit(self._write, step, sample, copied, score)
 
-def latest_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run that can be read, or None where there is none."""
-    files = _checkpoints(folder)
-    for file in reversed(files):
+    def wait(self) -> None:
+        """Until what was saved is on the disk; `UserError` where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
         try:
-            return read_checkpoint(file)
+            self.wait()
+        finally:
+            self._writer.shutdown()
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and score of the best checkpoint so far."""
+        try:
+            found = json.loads((self._folder / _BEST).read_text(encoding="utf-8"))
+            return int(found["step"]), float(found["score"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def newest(self) -> str:
+        """A sentence that names the newest checkpoint, once it is on the disk."""
+        self.wait()
+        found = checkpoints(self._folder)
+        return f"The last checkpoint is {found[-1]}." if found else "There is no checkpoint yet."
+
+    def _write(self, step: int, sample: int, state: dict[str, Tensor], score: float | None) -> None:
+        target = self._folder / f"step_{step:08d}"
+        partial = target.with_name(f".{target.name}.partial")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _dump(state, partial)
+            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+            write_json(partial / _STATE, {"step": step, "sample": sample, "bytes": sizes})
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+            _flush(self._folder)
+            best = self.best()
+            if score is not None and (best is None or score > best[1]):
+                write_json(self._folder / _BEST, {"step": step, "score": score})
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"The checkpoint {target} could not be written ({error.strerror}); free some space "
+                "and run the same command again: it continues from the last one."
+            ) from error
+        self._prune()
+
+    def _prune(self) -> None:
+        best = self.best()
+        kept = checkpoints(self._folder)[-self._keep :]
+        for folder in checkpoints(self._folder):
+            if folder not in kept and (best is None or folder.name != f"step_{best[0]:08d}"):
+                shutil.rmtree(folder, ignore_errors=True)
+        for leftover in self._folder.glob(".step_*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a run's `checkpoints` folder, by step."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def latest_checkpoint(folder: Path) -> State | None:
+    """The newest checkpoint of the run in `folder` that can be read, or None where there is none.
+
+    Besides what was saved it holds `step` and `sample`. A damaged one is named and the one before
+    it taken; nothing but damaged ones is a `UserError`.
+    """
+    found = checkpoints(folder / "checkpoints")
+    for path in reversed(found):
+        try:
+            return _read(path)
         except UserError as error:
             logger.warning("%s", error)
-    if files:
+    if found:
         raise UserError(
-            f"{files[-1]} is damaged, and so is every checkpoint before it; "
+            f"{found[-1]} is damaged, and so is every checkpoint before it; "
             f"remove {folder} and start anew."
         )
     return None
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step_*.pt"))
-
-
-def check_run_folder(config: Config) -> Path:
-    """The run folder of `config`, looked at but not touched.
-
-    Errors: `UserError` where it holds something else or a run with other settings.
-    """
-    if config.output is None:
-        raise UserError("Where should the run go? Give --output FOLDER.")
-    folder = Path(config.output)
-    with writing(folder):
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"{folder} is a file; choose another --output.")
-        written = folder / "config.json"
-        if written.exists():
-            _refuse_other_settings(written, config)
-        elif strangers := sorted(p.name for p in folder.glob("*")):
-            raise UserError(
-                f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
-            )
-    return folder
-
-
-def claim_run_folder(folder: Path, config: Config) -> None:
-    """Make the run folder and write the settings into it; `UserError` where that is impossible."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", to_dict(config))
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Inside the block, a folder that cannot be written or a full disk is a `UserError`."""
+def _read(path: Path) -> State:
+    """A checkpoint; `UserError` where it is damaged."""
     try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The run folder {folder} cannot be written ({error.strerror}); free some space or "
-            "choose another --output."
-        ) from error
+        head = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        for name, size in head["bytes"].items():
+            if (path / name).stat().st_size != size:
+                raise UserError(f"The checkpoint {path} is damaged: {name} is cut short.")
+        return {**_nested(_load(path)), "step": int(head["step"]), "sample": int(head["sample"])}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, CheckpointException) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"The checkpoint {path} is damaged ({reason}).") from error
 
 
-def _refuse_other_settings(written: Path, config: Config) -> None:
+def _dump(state: dict[str, Tensor], folder: Path) -> None:
     try:
-        settings = json.loads(written.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise UserError(f"{written} is damaged; remove its folder and start anew.")
-    before = _comparable(settings)
-    now = _comparable(json.loads(json.dumps(to_dict(config))))
-    differing = sorted(
-        key
-        for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
-    )
-    if differing:
-        shown = ", ".join(f"{k} ({before.get(k)} → {now.get(k)})" for k in differing[:4])
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
-        raise UserError(
-            f"{written.parent} holds a run with other settings: {shown}{more}; "
-            "choose another --output or remove it."
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    except CheckpointException as failure:
+        # torch hides what is wrong with a disk behind errors of its own.
+        error: BaseException | None = next(iter(failure.failures.values()))[0]
+        while error is not None and not isinstance(error, OSError):
+            error = error.__cause__ or error.__context__
+        raise failure if error is None else error from None
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: str(Path(value).resolve()) if key in _PATHS and isinstance(value, str) else value
-        for key, value in flatten(settings).items()
+def _load(folder: Path) -> dict[str, Tensor]:
+    reader = dcp.FileSystemReader(folder)
+    tensors = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(saved.size, dtype=saved.properties.dtype)
+        for name, saved in tensors.items()
+        if isinstance(saved, TensorStorageMetadata)
     }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON beside `path` and rename it there."""
-    partial = path.with_name(path.name + ".partial")
+def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries, by keys joined with slashes, which no key contains."""
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value.detach()
+
+
+def _nested(flat: Mapping[str, Tensor]) -> State:
+    state: State = {}
+    for name, value in flat.items():
+        *outer, last = name.split("/")
+        inner = state
+        for key in outer:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return state
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smtc.config import OptimConfig
 
@@ -81,3 +81,57 @@ def load_optimizer_state(
                 moments = {k: v.clone() for k, v in state[name].items()}
                 # The step count stays where fused AdamW keeps it: on the parameter's device, fp32.
                 optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+
+
+class Update:
+    """One optimiser step that leaves everything as it is where a gradient is not finite.
+
+    The decision stays on the device. For fp16 the loss is scaled, and a step that overflows only
+    halves the scale.
+    """
+
+    def __init__(self, device: torch.device, *, scaled: bool, clip_norm: float | None) -> None:
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        self._clip_norm = clip_norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Tensor]:
+        """Apply the gradients; returns their norms (whole, encoder, head) and whether they were
+        left out (bool `[]`).
+        """
+        self.scaler.unscale_(optimizer)  # nothing unless fp16
+        norms = _gradient_norms(optimizer)
+        total = norms["gradient_norm"]
+        skipped = ~total.isfinite()
+        if self._clip_norm is not None:
+            gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+            found = [gradient for gradient in gradients if gradient is not None]
+            torch._foreach_mul_(found, (self._clip_norm / (total + 1e-6)).clamp(max=1.0))
+        if self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        else:
+            # The same switch that the scaler uses: a fused optimiser reads it on the device.
+            optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        return norms, skipped
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The scale and how long it has held; empty unless fp16."""
+        return {k: torch.tensor(v) for k, v in self.scaler.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` gave."""
+        if self.scaler.is_enabled() and state:
+            self.scaler.load_state_dict({k: v.item() for k, v in state.items()})
+
+
+def _gradient_norms(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Norms over all gradients, over the encoder's and over the others', where there are any."""
+    parts: dict[str, list[Tensor]] = {"encoder": [], "head": []}
+    for group in optimizer.param_groups:
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        parts["encoder" if group["encoder"] else "head"] += torch._foreach_norm(gradients)
+    norms = {
+        f"gradient_norm/{name}": torch.stack(found).norm() for name, found in parts.items() if found
+    }
+    return {"gradient_norm": torch.stack(list(norms.values())).norm(), **norms}

@@ -1,9 +1,13 @@
-"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard scalars."""
+"""What a run tells while it goes: a progress bar, JSON lines, TensorBoard scalars and pictures."""
 
 import json
 import math
 import os
+import resource
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,17 +16,36 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from smtc.progress import bar
+from smtc.training import distributed
+from smtc.training.distributed import World
+from smtc.visualize import Pixels
 
 _NOTEWORTHY_WAIT = 0.05  # of the time: more is shown beside the loss
+_MEGABYTE = 10**6
 
 
 class Telemetry:
-    """Collects the scalars of steps on the device and reads them only when a step is logged."""
+    """Collects the scalars of steps on the device and reads them only when a step is logged.
 
-    def __init__(self, folder: Path, *, steps: int, start: int, title: str) -> None:
-        self._lines = _reopen(folder / "metrics.jsonl", start)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self._bar = bar(total=steps, title=title, unit="step", initial=start)
+    Every process of `world` collects; what is read is the mean over them, and the main one writes.
+    """
+
+    def __init__(
+        self, folder: Path, *, steps: int, start: int, title: str, world: World | None = None
+    ) -> None:
+        self._world = world or World(torch.device("cpu"))
+        self._lines: TextIO | None = None
+        self._board: SummaryWriter | None = None
+        if self._world.main:
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            try:
+                self._lines = _reopen(folder / "metrics.jsonl", start)
+            except OSError:
+                self._board.close()
+                raise
+        self._bar = bar(
+            total=steps, title=title, unit="step", initial=start, shown=self._world.main
+        )
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._clips = 0
@@ -30,8 +53,8 @@ class Telemetry:
         self._since = time.perf_counter()
 
     def add(self, scalars: dict[str, Tensor], *, clips: int, waited: float) -> None:
-        """Count one step: its scalars (left on the device), its clips, the seconds it waited for
-        data.
+        """Count one step: its scalars (left on the device), the clips of this process, the seconds
+        it waited for data.
         """
         for name, value in scalars.items():
             value = value.detach().float()
@@ -45,14 +68,23 @@ class Telemetry:
         """Write the means since the last log under `step`; returns them. This is where the host
         waits.
         """
-        means = torch.stack(list(self._sums.values())) / self._steps
+        means = distributed.mean(torch.stack(list(self._sums.values())) / self._steps)
         values = dict(zip(self._sums, means.tolist(), strict=True))
         elapsed = time.perf_counter() - self._since
         values |= extra
         values |= {
-            "clips_per_s": self._clips / elapsed,
+            "clips_per_s": self._world.size * self._clips / elapsed,
             "data_wait_share": self._waited / elapsed,
+            "memory_mb": _peak_memory(self._world.device),
         }
+        self._write(step, values)
+        self._sums, self._steps, self._clips, self._waited = {}, 0, 0, 0.0
+        self._since = time.perf_counter()
+        return values
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._lines is None or self._board is None:
+            return
         known = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no NaN
         self._lines.write(json.dumps({"step": step, **known}) + "\n")
         self._lines.flush()
@@ -62,15 +94,34 @@ class Telemetry:
         if values["data_wait_share"] > _NOTEWORTHY_WAIT:
             shown["waiting_for_data"] = f"{values['data_wait_share']:.0%}"
         self._bar.set_postfix(shown, refresh=False)
-        self._sums, self._steps, self._clips, self._waited = {}, 0, 0, 0.0
-        self._since = time.perf_counter()
-        return values
+
+    def picture(self, step: int, name: str, pixels: Pixels) -> None:
+        """Show RGB uint8 `[h,w,3]` in TensorBoard."""
+        if self._board is not None:
+            self._board.add_image(name, pixels, step, dataformats="HWC")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in the block does not count as training time."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
     def close(self) -> None:
         """Finish the bar and the files."""
         self._bar.close()
-        self._lines.close()
-        self._board.close()
+        if self._lines is not None:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """The most memory held so far, in MB: of tensors on a GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MEGABYTE
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MEGABYTE
 
 
 def _reopen(path: Path, start: int) -> TextIO:

@@ -1,41 +1,44 @@
 """The training loop, for any method: read top to bottom.
 
 A step knows a global sample index for every clip, and everything random is keyed by it, so a run
-that stops and starts again goes on as if it had not stopped.
+that stops and starts again goes on as if it had not stopped, on as many processes as there are
+then. Processes are started by torchrun; all of them run what is written here.
 """
 
 import logging
-import math
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smtc.config import Config
 from smtc.errors import UserError
 from smtc.kernels.dispatch import obstacle
 from smtc.method import Method, SMTCMethod
-from smtc.pipelines.batch import Batch
+from smtc.pipelines.batch import Batch, Source
 from smtc.pipelines.clips import Schedule
 from smtc.pipelines.loading import Loader, build_loader
 from smtc.progress import patient
-from smtc.training.checkpoint import (
-    check_run_folder,
-    claim_run_folder,
-    latest_checkpoint,
-    save_checkpoint,
-    writing,
-)
+from smtc.training import distributed
+from smtc.training.checkpoint import Checkpoints, latest_checkpoint
+from smtc.training.distributed import Agreement, Heartbeat, World, joined
+from smtc.training.held_out import HeldOut
 from smtc.training.optim import (
+    Update,
     build_optimizer,
     load_optimizer_state,
     optimizer_state,
     set_learning_rate,
 )
+from smtc.training.run_folder import check_run_folder, claim_run_folder, writing
+from smtc.training.stopping import DataOverdueError, StopRequest
 from smtc.training.telemetry import Telemetry, read_metrics
+from smtc.training.watches import CollapseWatch, FiniteWatch
 from smtc.warm_start import WarmStart
 
 logger = logging.getLogger("smtc")
@@ -64,23 +67,27 @@ def train(config: Config, method: Method | None = None) -> Run:
     """Train for exactly `config.train.steps` steps, or go on where the run in `config.output`
     stopped.
 
-    `method` replaces the one that `config.method` names. Errors: `UserError` for a mistake in the
-    settings, the data or the folder.
+    `method` replaces the one that `config.method` names. SIGINT, SIGTERM and SIGUSR1 end the run
+    after the step under way, with a checkpoint: as `KeyboardInterrupt`, or `SystemExit` with 128
+    plus the signal's number. Errors: `UserError` for a mistake in the settings, the data or the
+    folder.
     """
-    device = pick_device(config.train.device)
-    check_implementation(config.model.impl, device)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    folder = check_run_folder(config)
-    torch.manual_seed(config.train.seed)
-    method = method or build_method(config)
-    trainer = Trainer(config, method.to(device).train(), folder, device)
-    trainer.resume()
-    loader = trainer.loader()
-    # Only now, when all that was given has proved good, is something written.
-    claim_run_folder(folder, config)
-    with writing(folder):
-        trainer.run(loader)
+    with joined(pick_device(config.train.device), config.train.timeout) as world:
+        check_implementation(config.model.impl, world.device)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+        folder = check_run_folder(config)
+        torch.manual_seed(config.train.seed)
+        method = method or build_method(config)
+        trainer = Trainer(config, method.to(world.device).train(), folder, world)
+        trainer.resume()
+        loader = trainer.loader()
+        # Only now, when all that was given has proved good, is something written.
+        if world.main:
+            claim_run_folder(folder, config)
+        distributed.wait_for_all()
+        with writing(folder):
+            trainer.run(loader)
     return Run(folder=folder, method=method, metrics=read_metrics(folder / "metrics.jsonl"))
 
 
@@ -105,98 +112,158 @@ def check_implementation(impl: str, device: torch.device) -> None:
         raise UserError(f"--model.impl triton {reason}; use auto or eager.")
 
 
-class Trainer:
-    """One process, one device."""
+class _Forward(nn.Module):
+    """A method's training step as a forward pass, which is what DDP wraps."""
 
-    def __init__(self, config: Config, method: Method, folder: Path, device: torch.device) -> None:
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        return self.method.training_step(batch, step)
+
+
+class Trainer:
+    """One process with one device, alone or among others."""
+
+    def __init__(self, config: Config, method: Method, folder: Path, world: World) -> None:
         self.config = config
         self.method = method
         self.folder = folder
-        self.device = device
+        self.world = world
         self.step = 0
+        self.sample = 0  # the first global sample that no step has seen
         self.learning_rate = 0.0
         self.trained: tuple[str, ...] = ()
+        self.update = Update(
+            world.device,
+            scaled=config.train.precision == "fp16",
+            clip_norm=config.optim.clip_norm,
+        )
+        self.checkpoints = Checkpoints(folder, keep=config.train.keep_checkpoints)
+        self.finite = FiniteWatch(config.train.nonfinite, config.train.log_every, world.device)
+        self.collapse = CollapseWatch(config.objective)
         self.optimizer: torch.optim.Optimizer
+        self.forward: nn.Module
         self._enter_phase()
 
     def resume(self) -> None:
         """Take over the newest checkpoint of the run folder, if there is one."""
+        # Found before any process of this run can write another one.
         state = latest_checkpoint(self.folder)
+        distributed.wait_for_all()
         if state is None:
+            distributed.check_same_start(self.method)
             return
         self.method.load_state_dict(state["method"])
-        self.step = state["step"]
+        self.step, self.sample = state["step"], state["sample"]
         self._enter_phase()
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        load_optimizer_state(self.optimizer, state.get("optimizer", {}))
+        self.update.load_state_dict(state.get("scaler", {}))
+        distributed.check_same_start(self.method)
+        if not self.world.main:
+            return
         if self.step == self.config.train.steps:
             logger.info("%s is finished; its model is written again.", self.folder)
         else:
             logger.info("Continuing %s at step %d.", self.folder, self.step)
 
     def loader(self) -> Loader:
-        """The batches of the steps that are left."""
-        train = self.config.train
-        on_gpu = self.device.type == "cuda"
+        """The batches of the steps that are left, `train.accumulate` for each of them."""
+        train, world = self.config.train, self.world
+        low = world.device.type == "cuda" and train.precision == "bf16"
         return build_loader(
             self.config.data,
-            Schedule(batch=train.batch, steps=train.steps, start_step=self.step),
+            Schedule(
+                batch=train.batch,
+                steps=train.steps * train.accumulate,
+                start_step=self.step * train.accumulate,
+                start_sample=self.sample,
+                rank=world.rank,
+                world=world.size,
+            ),
             size=self.config.model.resolution,
             seed=train.seed,
-            device=self.device,
-            dtype=torch.bfloat16 if on_gpu and train.precision == "bf16" else torch.float32,
+            device=world.device,
+            dtype=torch.bfloat16 if low else torch.float32,
             bad_file_log=self.folder / "bad_files.jsonl",
         )
 
     def run(self, loader: Loader) -> None:
         """All steps that are left, then the model."""
-        train = self.config.train
-        telemetry = Telemetry(
-            self.folder, steps=train.steps, start=self.step, title=self.config.method
-        )
-        try:
-            asked = time.perf_counter()
-            for batch in patient(loader, "the next batch", SLOW_DATA):
-                waited = time.perf_counter() - asked
-                scalars = self._step(batch.to(self.device))
-                telemetry.add(scalars, clips=len(batch.index), waited=waited)
+        train, evaluation = self.config.train, self.config.eval
+        with ExitStack() as ending:
+            for part in (loader, self.checkpoints):
+                ending.callback(part.close)
+            held_out = HeldOut(evaluation, self.world) if evaluation.every else None
+            telemetry, agreement = self._telemetry(), Agreement()
+            ending.callback(telemetry.close)
+            heartbeat = Heartbeat(self.world)
+            ending.callback(heartbeat.close)
+            stop = ending.enter_context(StopRequest())
+            batches = _Timed(patient(loader, "the next batch", SLOW_DATA), stop)
+            while self.step < train.steps:
+                try:
+                    self._step(batches, telemetry)
+                except DataOverdueError:
+                    self._save({})
+                    self._leave(stop)
+                heartbeat.beat(self.step)
+                stopping = agreement.ask(stop.signal is not None)
                 last = self.step == train.steps
-                if self.step % train.log_every == 0 or last:
-                    self._log(telemetry, loader)
-                if self.step % train.checkpoint_every == 0 or last:
-                    self._save()
-                asked = time.perf_counter()
-        finally:
-            telemetry.close()
-            loader.close()
-        self.method.save_model(self.folder / "model")
+                scores = {}
+                if held_out is not None and (self._due(evaluation.every) or last):
+                    scores = self._evaluate(held_out, telemetry)
+                if self._due(train.log_every) or last or scores:
+                    self._log(telemetry, scores, loader)
+                if self._due(train.checkpoint_every) or last or stopping or scores:
+                    self._save(scores)
+                if stopping and not last:
+                    self._leave(stop)
+            agreement.close()
+        if self.world.main:
+            self.method.save_model(self.folder / "model")
+        distributed.wait_for_all()
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _step(self, batches: "_Timed", telemetry: Telemetry) -> None:
         """One update; nothing here waits for the device."""
-        config = self.config
-        # Stochastic depth draws from torch's generator: the same at this step in every run.
-        torch.manual_seed(config.train.seed * 1_000_003 + self.step)
+        config, parts = self.config, self.config.train.accumulate
+        # A method that draws from torch's generator gets the same at this step of every run.
+        torch.manual_seed(
+            (config.train.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
+        )
         self._enter_phase()
         self.learning_rate = set_learning_rate(
             self.optimizer, self.step, config.train.steps, config.optim
         )
-        with self._precision():
-            scalars = self.method.training_step(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        scalars["loss"].backward()
-        if config.optim.clip_norm is not None:
-            parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-            scalars["gradient_norm"] = torch.nn.utils.clip_grad_norm_(
-                parameters, config.optim.clip_norm
-            )
-        self.optimizer.step()
-        self.method.after_step(self.step)
+        scalars: dict[str, Tensor] = {}
+        sources: list[Source] = []
+        for part in range(parts):
+            batch = next(batches).to(self.world.device)
+            # The processes add up their gradients once, after the last part.
+            with distributed.apart(self.forward, part < parts - 1):
+                with self._precision():
+                    found = self.forward(batch, self.step)
+                self.update.scaler.scale(found["loss"] / parts).backward()
+            for name, value in found.items():
+                scalars[name] = scalars.get(name, 0) + value.detach() / parts
+            sources += batch.sources
+        norms, skipped = self.update.step(self.optimizer)
+        self.method.after_step(self.step, skipped)
+        # A scaled loss overflows now and then, and the scale adapts: only its own value counts.
+        bad = ~scalars["loss"].isfinite() if self.update.scaler.is_enabled() else skipped
+        self.finite.note(self.step, bad, sources)
         self.step += 1
-        return scalars
+        self.sample += config.train.batch * parts * self.world.size
+        scalars |= norms | {"skipped": skipped}
+        telemetry.add(scalars, clips=len(sources), waited=batches.take_wait())
 
     def _enter_phase(self) -> None:
-        """Where the set of trained parameters changes, mark them and rebuild the optimiser's
-        groups.
-        """
+        """Where the set of trained parameters changes, mark them and rebuild what depends on it."""
         trainable = self.method.trainable(self.step)
         if tuple(trainable) == self.trained:
             return
@@ -206,37 +273,85 @@ class Trainer:
             parameter.requires_grad_(True)
         self.optimizer = build_optimizer(trainable, self.config.optim)
         load_optimizer_state(self.optimizer, moments)
-        if self.trained:
+        self.forward = _Forward(self.method)
+        if self.world.size > 1:
+            self.forward = distributed.parallel(self.forward)
+        if self.trained and self.world.main:
             logger.info("Step %d: %d tensors are trained from here.", self.step, len(trainable))
         self.trained = tuple(trainable)
 
     def _precision(self) -> torch.autocast:
         # No cache: a weight cast in the slots' graph-free iterations would come back without a
         # gradient.
+        precision = self.config.train.precision
         return torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.config.train.precision == "bf16",
+            self.world.device.type,
+            dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
+            enabled=precision != "fp32",
             cache_enabled=False,
         )
 
-    def _log(self, telemetry: Telemetry, loader: Loader) -> None:
-        extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}
-        values = telemetry.log(self.step, extra)
-        self._require_finite(math.isfinite(values["loss"]))
+    def _telemetry(self) -> Telemetry:
+        return Telemetry(
+            self.folder,
+            steps=self.config.train.steps,
+            start=self.step,
+            title=self.config.method,
+            world=self.world,
+        )
 
-    def _save(self) -> None:
-        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._require_finite(all(bool(weight.isfinite().all()) for weight in weights))
+    def _evaluate(self, held_out: HeldOut, telemetry: Telemetry) -> dict[str, float]:
+        """Scores on the held-out videos, the deciding one under `score` too."""
+        model = self.method.segmenter()
+        if model is None:
+            return {}
+        with telemetry.paused():
+            found = held_out.score(model)
+        named = {f"eval/{name}": value for name, value in found.items()}
+        return named | {"score": found[held_out.metric]}
+
+    def _log(self, telemetry: Telemetry, scores: dict[str, float], loader: Loader) -> None:
+        extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}
+        if self.update.scaler.is_enabled():
+            extra["loss_scale"] = self.update.scaler.get_scale()
+        values = telemetry.log(self.step, extra | scores)
+        self.finite.look(self.checkpoints.newest())
+        self.collapse.look(self.step, values)
+
+    def _save(self, scores: dict[str, float]) -> None:
+        if not self.world.main:
+            return
         state = {
             "method": self.method.state_dict(),
             "optimizer": optimizer_state(self.optimizer),
+            "scaler": self.update.state_dict(),
         }
-        save_checkpoint(self.folder, self.step, state)
+        self.checkpoints.save(self.step, self.sample, state, score=scores.get("score"))
 
-    def _require_finite(self, finite: bool) -> None:
-        if not finite:
-            raise UserError(
-                f"The loss or a weight is no finite number by step {self.step}; lower optim.lr or "
-                f"look at the data. Earlier checkpoints are in {self.folder / 'checkpoints'}."
-            )
+    def _leave(self, stop: StopRequest) -> None:
+        """End as the signal asks, once the checkpoint is on the disk."""
+        self.checkpoints.wait()
+        if self.world.main:
+            logger.info("Stopped at step %d; the same command goes on from there.", self.step)
+        stop.leave()
+
+
+class _Timed:
+    """Batches, and how long they kept the caller waiting."""
+
+    def __init__(self, batches: Iterator[Batch], stop: StopRequest) -> None:
+        self._batches, self._stop = batches, stop
+        self._waited = 0.0
+
+    def __next__(self) -> Batch:
+        asked = time.perf_counter()
+        try:
+            with self._stop.waiting_for_data():
+                return next(self._batches)
+        finally:
+            self._waited += time.perf_counter() - asked
+
+    def take_wait(self) -> float:
+        """Seconds waited since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited

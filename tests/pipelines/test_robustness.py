@@ -120,12 +120,12 @@ def test_no_worker_outlives_its_trainer(
     assert len(workers) == 2 and process.poll() is None
     # Control-C reaches all processes of a terminal, a kill only the one that it names.
     (os.killpg if end == signal.SIGINT else os.kill)(process.pid, end)
-    code = process.wait(10)
+    code = process.wait(25)  # torch gives a worker that is stuck five seconds
     gone = wait_for(lambda: not any(map(alive, workers)), 3)
     for worker in filter(alive, workers):
         os.kill(worker, signal.SIGKILL)
     assert gone
-    assert code == (130 if end == signal.SIGINT else -end)
+    assert code == (-end if end == signal.SIGKILL else 128 + end)
 
 
 # Memory.
@@ -332,10 +332,10 @@ def test_a_bad_file_is_recorded_once_over_a_stop_and_a_resume(
     flags += ["--train.checkpoint-every", 3]
     whole = trainer.Trainer._step
 
-    def step(self: trainer.Trainer, batch: Any) -> Any:
+    def step(self: trainer.Trainer, *arguments: Any) -> None:
         if self.step == 10:
             raise StoppedError
-        return whole(self, batch)
+        whole(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(StoppedError):
         patch.setattr(trainer.Trainer, "_step", step)
@@ -361,12 +361,13 @@ def test_too_many_bad_files_end_the_run_with_their_record(
     refused: Command, damaged: Path, tmp_path: Path, workers: int
 ) -> None:
     flags = ["--train.steps", 40, "--data.workers", workers, "--data.max-bad-share", 0.1]
+    before = children(os.getpid())
     said = refused(*train_flags(damaged, tmp_path / "run", *flags))
     assert "of the clips drawn had unreadable files, more than data.max-bad-share (10%)" in said
     assert "00003/" in said and "the file is cut short" in said
     assert (tmp_path / "run" / "bad_files.jsonl").stat().st_size > 0
     assert not (tmp_path / "run" / "model").exists()
-    assert children(os.getpid()) == []
+    assert children(os.getpid()) == before
 
 
 @pytest.mark.parametrize("kind", ["torch", "dali"])
@@ -423,9 +424,9 @@ def test_a_short_wait_is_not_shown(
     monkeypatch.setattr(frames_module, "read_image", lambda _: picture)
     whole = trainer.Trainer._step
 
-    def step(self: trainer.Trainer, batch: Any) -> Any:
+    def step(self: trainer.Trainer, *arguments: Any) -> None:
         time.sleep(0.1)
-        return whole(self, batch)
+        whole(self, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "_step", step)
     told = cli(*train_flags(synthetic_data, tmp_path / "run"))

@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or absent, and run folders that belong to one set of settings."""
+"""Checkpoints that are whole or absent, of which the newest and the best stay."""
 
 import errno
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,52 +10,99 @@ from typing import Any
 import pytest
 import torch
 
-from smtc.config import Config, to_dict
 from smtc.errors import UserError
 from smtc.training import checkpoint
-from smtc.training.checkpoint import (
-    check_run_folder,
-    claim_run_folder,
-    flatten,
-    latest_checkpoint,
-    save_checkpoint,
-    write_json,
-)
-
-TinyConfig = Callable[..., Config]
+from smtc.training.checkpoint import Checkpoints, latest_checkpoint
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def save(folder: Path, step: int, value: float = 0.0) -> Path:
+def save(folder: Path, step: int, value: float = 0.0, **more: Any) -> Path:
+    """A small checkpoint, when it is on the disk."""
     state = {"method": {"weight": torch.full((3,), value)}, "optimizer": {}}
-    return save_checkpoint(folder, step, state)
+    saving = Checkpoints(folder)
+    saving.save(step, 10 * step, state, **more)
+    saving.close()
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    state = latest_checkpoint(folder)
+    assert state is not None
+    return state
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    moments = {"weight": {"step": torch.tensor(7.0), "exp_avg": torch.randn(2, 3)}}
-    state = {"method": {"weight": torch.randn(2, 3), "count": torch.tensor(3)}}
-    path = save_checkpoint(tmp_path, 7, state | {"optimizer": moments})
-    assert path == tmp_path / "checkpoints" / "step_00000007.pt"
-    loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None
-    assert loaded["step"] == 7
-    torch.testing.assert_close(loaded["method"], state["method"], rtol=0, atol=0)
-    torch.testing.assert_close(loaded["optimizer"], moments, rtol=0, atol=0)
+    moments = {"a.weight": {"step": torch.tensor(7.0), "exp_avg": torch.randn(2, 3)}}
+    state = {
+        "method": {"a.weight": torch.randn(2, 3).bfloat16(), "count": torch.tensor(3)},
+        "optimizer": moments,
+        "scaler": {"scale": torch.tensor(0.1, dtype=torch.float64)},
+    }
+    saving = Checkpoints(tmp_path)
+    saving.save(7, 93, state)
+    saving.close()
+    assert names(tmp_path / "checkpoints") == ["step_00000007"]
+    loaded = newest(tmp_path)
+    assert (loaded.pop("step"), loaded.pop("sample")) == (7, 93)
+    torch.testing.assert_close(loaded, state, rtol=0, atol=0)
+
+
+def test_what_is_saved_is_the_state_at_the_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write waits here until the tensor has changed."""
+    changed, dump = threading.Event(), checkpoint._dump
+
+    def late(*arguments: Any) -> None:
+        assert changed.wait(10)
+        dump(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_dump", late)
+    weight = torch.zeros(3)
+    saving = Checkpoints(tmp_path)
+    saving.save(1, 1, {"method": {"weight": weight}})
+    weight.add_(1)
+    assert latest_checkpoint(tmp_path) is None
+    changed.set()
+    saving.wait()
+    assert newest(tmp_path)["method"]["weight"].tolist() == [0, 0, 0]
+    saving.close()
 
 
 def test_no_checkpoint_yet(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
+    assert Checkpoints(tmp_path).newest() == "There is no checkpoint yet."
 
 
-def test_only_the_last_two_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    saving = Checkpoints(tmp_path, keep=keep)
     for step in (9, 10, 100, 1000):
-        save(tmp_path, step)
-    assert names(tmp_path / "checkpoints") == ["step_00000100.pt", "step_00001000.pt"]
-    loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded["step"] == 1000
+        saving.save(step, step, {"method": {"weight": torch.zeros(1)}})
+    saving.close()
+    kept = [f"step_{step:08d}" for step in (10, 100, 1000)][-keep:]
+    assert names(tmp_path / "checkpoints") == kept
+    assert newest(tmp_path)["step"] == 1000
+    assert saving.newest().endswith("step_00001000.")
+
+
+def test_the_best_is_kept_too(tmp_path: Path) -> None:
+    for step, score in ((1, 0.3), (2, 0.8), (3, 0.8), (4, None), (5, 0.1), (6, None)):
+        save(tmp_path, step, score=score)
+    kept = ["best.json", "step_00000002", "step_00000005", "step_00000006"]
+    assert names(tmp_path / "checkpoints") == kept
+    assert Checkpoints(tmp_path).best() == (2, 0.8)
+    best = json.loads((tmp_path / "checkpoints" / "best.json").read_text(encoding="utf-8"))
+    assert best == {"step": 2, "score": 0.8}
+
+
+def test_a_damaged_note_of_the_best_is_no_best(tmp_path: Path) -> None:
+    save(tmp_path, 1, score=0.5)
+    (tmp_path / "checkpoints" / "best.json").write_text("{", encoding="utf-8")
+    assert Checkpoints(tmp_path).best() is None
 
 
 def test_a_failure_while_writing_leaves_the_previous_one(
@@ -62,46 +110,51 @@ def test_a_failure_while_writing_leaves_the_previous_one(
 ) -> None:
     save(tmp_path, 1, value=1.0)
 
-    def fail(state: Any, file: Any) -> None:
-        file.write(b"half")
+    def fail(state: Any, folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.torch, "save", fail)
-    with pytest.raises(UserError, match=r"step_00000002\.pt.*No space left on device"):
+    monkeypatch.setattr(checkpoint, "_dump", fail)
+    with pytest.raises(UserError, match=r"step_00000002 could.*No space left on device"):
         save(tmp_path, 2)
-    assert names(tmp_path / "checkpoints") == ["step_00000001.pt"]
-    loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded["method"]["weight"].tolist() == [1.0, 1.0, 1.0]
+    assert names(tmp_path / "checkpoints") == ["step_00000001"]
+    assert newest(tmp_path)["method"]["weight"].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_program_that_died_while_writing_leaves_nothing_that_counts(
+def test_a_failed_write_is_told_at_the_next_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(state: Any, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_dump", fail)
+    saving = Checkpoints(tmp_path)
+    saving.save(1, 1, {"method": {"weight": torch.zeros(1)}})
+    with pytest.raises(UserError, match="step_00000001 could not be written"):
+        saving.save(2, 2, {"method": {"weight": torch.zeros(1)}})
+
+
+def test_a_program_that_died_while_writing_leaves_nothing_that_counts(tmp_path: Path) -> None:
     save(tmp_path, 1)
-
-    def die(state: Any, file: Any) -> None:
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.torch, "save", die)
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, 2)
-    loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded["step"] == 1
-    save(tmp_path, 2)
-    assert names(tmp_path / "checkpoints") == ["step_00000001.pt", "step_00000002.pt"]
+    partial = tmp_path / "checkpoints" / ".step_00000002.partial"
+    partial.mkdir()
+    (partial / "half").write_bytes(b"half")
+    assert newest(tmp_path)["step"] == 1
+    save(tmp_path, 3)
+    assert names(tmp_path / "checkpoints") == ["step_00000001", "step_00000003"]
 
 
 def test_a_full_disk_leaves_the_previous_one(mounted: Callable[[str], Path]) -> None:
     folder = mounted("size=256k")
     save(folder, 1)
-    big = {"method": {"weight": torch.randn(200, 1000)}, "optimizer": {}}
-    with pytest.raises(UserError, match=r"step_00000002\.pt could not be written \(No space left"):
-        save_checkpoint(folder, 2, big)
-    assert names(folder / "checkpoints") == ["step_00000001.pt"]
-    loaded = latest_checkpoint(folder)
-    assert loaded is not None and loaded["step"] == 1
+    saving = Checkpoints(folder)
+    saving.save(2, 2, {"method": {"weight": torch.randn(200, 1000)}})
+    with pytest.raises(UserError, match=r"step_00000002 could not be written \(No space left"):
+        saving.close()
+    assert names(folder / "checkpoints") == ["step_00000001"]
+    assert newest(folder)["step"] == 1
+    save(folder, 3)
+    assert newest(folder)["step"] == 3
 
 
 def test_a_read_only_folder_cannot_take_a_checkpoint(read_only: Path) -> None:
@@ -110,155 +163,35 @@ def test_a_read_only_folder_cannot_take_a_checkpoint(read_only: Path) -> None:
     assert names(read_only) == []
 
 
-@pytest.mark.parametrize("damage", [b"", b"half a file", b"PK\x03\x04 cut short"])
-def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, damage: bytes) -> None:
-    save(tmp_path, 1).write_bytes(damage)
-    with pytest.raises(UserError, match=r"step_00000001\.pt") as refusal:
+def damage(folder: Path, how: str) -> None:
+    """Spoil a checkpoint as a disk or a person would."""
+    data = next(folder.glob("*.distcp"))
+    if how == "cut short":
+        data.write_bytes(data.read_bytes()[:-20])
+    elif how == "a part missing":
+        data.unlink()
+    elif how == "no metadata":
+        (folder / ".metadata").write_bytes(b"")
+    else:
+        (folder / "state.json").write_text(how, encoding="utf-8")
+
+
+DAMAGES = ["cut short", "a part missing", "no metadata", "{", "[]", '{"step": "x"}']
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, how: str) -> None:
+    damage(save(tmp_path, 1), how)
+    with pytest.raises(UserError, match="step_00000001 is damaged, and so is every") as refusal:
         latest_checkpoint(tmp_path)
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path, 1)
-    save(tmp_path, 2).write_bytes(b"half a file")
-    loaded = latest_checkpoint(tmp_path)
-    assert loaded is not None and loaded["step"] == 1
-    assert "step_00000002.pt" in caplog.text
-
-
-def open_run_folder(config: Config) -> Path:
-    """As `train` does."""
-    folder = check_run_folder(config)
-    claim_run_folder(folder, config)
-    return folder
-
-
-def run_config(tiny_config: TinyConfig, folder: Path, **settings: Any) -> Config:
-    dotted = {name.replace("__", "."): value for name, value in settings.items()}
-    return tiny_config({"output": str(folder)} | dotted)
-
-
-def test_a_run_folder_is_made_with_its_parents_and_settings(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    config = run_config(tiny_config, tmp_path / "some" / "run")
-    folder = open_run_folder(config)
-    assert folder == tmp_path / "some" / "run"
-    assert names(folder) == ["config.json"]
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    assert written == json.loads(json.dumps(to_dict(config)))
-
-
-def test_an_empty_folder_and_the_same_settings_are_welcome(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    config = run_config(tiny_config, tmp_path)
-    open_run_folder(config)
-    assert open_run_folder(config) == tmp_path
-
-
-def test_no_output_named(tiny_config: TinyConfig) -> None:
-    with pytest.raises(UserError, match="--output"):
-        open_run_folder(tiny_config())
-
-
-def test_other_settings_are_refused_with_their_names(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    open_run_folder(run_config(tiny_config, tmp_path))
-    before = (tmp_path / "config.json").read_bytes()
-    other = run_config(tiny_config, tmp_path, optim__lr=0.5, model__slots=3)
-    with pytest.raises(UserError) as refusal:
-        open_run_folder(other)
-    told = str(refusal.value)
-    assert "model.slots (8 → 3), optim.lr (0.008 → 0.5);" in told
-    assert "more" not in told
-    assert str(tmp_path) in told
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_many_other_settings_are_counted(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    open_run_folder(run_config(tiny_config, tmp_path))
-    six = {"slots": 3, "instances": 2, "iterations": 2, "update": "gru"}
-    settings = {f"model__{name}": value for name, value in six.items()}
-    other = run_config(tiny_config, tmp_path, optim__lr=0.5, train__seed=9, **settings)
-    with pytest.raises(UserError, match="and 2 more;"):
-        open_run_folder(other)
-
-
-def test_settings_that_do_not_change_the_result_may_differ(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
-    open_run_folder(run_config(tiny_config, tmp_path))
-    free = {
-        "train.device": "auto",
-        "train.threads": 2,
-        "train.log_every": 7,
-        "train.checkpoint_every": 3,
-        "data.workers": 5,
-        "data.loader": "torch",
-        "data.max_bad_share": 0.5,
-        "model.impl": "eager",
-    }
-    open_run_folder(tiny_config(free | {"output": str(tmp_path)}))
-    written = flatten(json.loads((tmp_path / "config.json").read_text(encoding="utf-8")))
-    assert {name: written[name] for name in free} == free
-
-
-def test_looking_at_a_folder_changes_nothing(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    assert check_run_folder(run_config(tiny_config, tmp_path / "run")) == tmp_path / "run"
-    assert names(tmp_path) == []
-
-
-def test_a_moved_run_folder_goes_on(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    open_run_folder(run_config(tiny_config, tmp_path / "here"))
-    (tmp_path / "here").rename(tmp_path / "there")
-    open_run_folder(run_config(tiny_config, tmp_path / "there"))
-
-
-def test_a_folder_with_something_else_is_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match=r"'thesis\.tex'.*choose another --output"):
-        open_run_folder(run_config(tiny_config, tmp_path))
-    assert names(tmp_path) == ["thesis.tex"]
-
-
-def test_a_file_in_the_way_is_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    path.write_text("precious", encoding="utf-8")
-    with pytest.raises(UserError, match="is a file; choose another --output"):
-        open_run_folder(run_config(tiny_config, path))
-    assert path.read_text(encoding="utf-8") == "precious"
-
-
-@pytest.mark.parametrize("content", [b'{"method": ', b"\xff\xfe", b"[1]", b"3", b'"text"'])
-def test_a_damaged_config_is_refused(
-    tiny_config: TinyConfig, tmp_path: Path, content: bytes
-) -> None:
-    (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"config\.json"):
-        open_run_folder(run_config(tiny_config, tmp_path))
-    assert (tmp_path / "config.json").read_bytes() == content
-
-
-def test_a_read_only_place_is_refused(tiny_config: TinyConfig, read_only: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be written .Read-only file system"):
-        open_run_folder(run_config(tiny_config, read_only / "run"))
-    with pytest.raises(UserError, match=r"cannot be written .Read-only file system"):
-        open_run_folder(run_config(tiny_config, read_only))
-
-
-def test_flatten_gives_dotted_names() -> None:
-    nested = {"a": 1, "b": {"c": [2], "d": {"e": None}}}
-    assert flatten(nested) == {"a": 1, "b.c": [2], "b.d.e": None}
-
-
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "values.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-    assert names(tmp_path) == ["values.json"]
+    damage(save(tmp_path, 2), how)
+    assert newest(tmp_path)["step"] == 1
+    assert "step_00000002 is damaged" in caplog.text

@@ -16,7 +16,7 @@ from smtc.training.trainer import Run, Trainer
 
 TinyConfig = Callable[..., Config]
 
-CLOCKED = ("clips_per_s", "data_wait_share")
+CLOCKED = ("clips_per_s", "data_wait_share", "memory_mb")
 
 
 class Line(Method):
@@ -41,7 +41,7 @@ class Line(Method):
         said = self.head(self.encoder(batch.views.mean(dim=(1, 2, 4, 5))))
         return {"loss": (said - 1).square().mean(), "said": said.mean()}
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, skipped: Tensor) -> None:
         self.followed.append(step)
         with torch.no_grad():
             self.slow.weight.lerp_(self.head.weight, 0.5)
@@ -66,10 +66,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """Let training die when `after` steps are done."""
     whole = Trainer._step
 
-    def step(self: Trainer, batch: Batch) -> dict[str, Tensor]:
+    def step(self: Trainer, *arguments: Any) -> None:
         if self.step == after:
+            self.checkpoints.wait()
             raise StoppedError
-        return whole(self, batch)
+        whole(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_step", step)
 

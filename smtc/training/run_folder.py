@@ -1,0 +1,122 @@
+"""The folder of a run: whose it is, which settings it belongs to, and what cannot be written."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smtc.config import Config, flatten, to_dict
+from smtc.errors import UserError
+from smtc.evaluation.manifest import commit, versions
+
+# Settings that change how a run computes, not what it computes: a run may continue with others.
+_FREE_TO_CHANGE = {
+    "output",
+    "train.device",
+    "train.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.pictures_every",
+    "train.nonfinite",
+    "train.timeout",
+    "data.workers",
+    "data.prefetch",
+    "data.loader",
+    "data.cache",
+    "data.cache_memory",
+    "data.roi_decode",
+    "data.hardware_decoder",
+    "data.max_bad_share",
+    "model.impl",
+    "eval.every",
+    "eval.data",
+    "eval.dataset",
+    "eval.metric",
+}
+
+# The same place may be named in several ways.
+_PATHS = {"data.root", "init", "model.backbone.weights"}
+
+
+def check_run_folder(config: Config) -> Path:
+    """The run folder of `config`, looked at but not touched.
+
+    Errors: `UserError` where it holds something else or a run with other settings.
+    """
+    if config.output is None:
+        raise UserError("Where should the run go? Give --output FOLDER.")
+    folder = Path(config.output)
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; choose another --output.")
+        written = folder / "config.json"
+        if written.exists():
+            _refuse_other_settings(written, config)
+        elif strangers := sorted(p.name for p in folder.glob("*")):
+            raise UserError(
+                f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
+            )
+    return folder
+
+
+def claim_run_folder(folder: Path, config: Config) -> None:
+    """Make the run folder and write the settings into it; `UserError` where that is impossible."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", to_dict(config))
+        write_json(folder / "environment.json", {"commit": commit(), "versions": versions()})
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Inside the block, a folder that cannot be written or a full disk is a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"The run folder {folder} cannot be written ({error.strerror}); free some space or "
+            "choose another --output."
+        ) from error
+
+
+def _refuse_other_settings(written: Path, config: Config) -> None:
+    try:
+        settings = json.loads(written.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{written} is damaged; remove its folder and start anew.")
+    # What an older version did not know of was as it is by default.
+    before = _comparable(to_dict(Config())) | _comparable(settings)
+    now = _comparable(json.loads(json.dumps(to_dict(config))))
+    differing = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
+    )
+    if differing:
+        shown = ", ".join(f"{k} ({before.get(k)} → {now.get(k)})" for k in differing[:4])
+        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"{written.parent} holds a run with other settings: {shown}{more}; "
+            "choose another --output or remove it."
+        )
+
+
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: str(Path(value).resolve()) if key in _PATHS and isinstance(value, str) else value
+        for key, value in flatten(settings).items()
+    }
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON beside `path` and rename it there."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
