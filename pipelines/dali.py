@@ -298,7 +298,7 @@ def _resize(
             frames = fn.slice(frames, start=first, shape=extent, axes=[row + 1, row])
             first = first * 0
     if config.antialias:
-        return fn.resize(frames, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
+        return fn.resize(frames, size=size, interp_type=types.INTERP_LINEAR, antialias=True)
     # It reads no pixels but those it mixes, which makes it twice as fast as fn.resize on a CPU.
     matrix = fn.transforms.scale(
         scale=extent / types.Constant(np.array([size[1], size[0]], np.float32))
