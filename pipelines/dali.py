@@ -12,7 +12,6 @@ sample a clip, `[T,h,w,3]`. The operators after the decoder work on both. The vi
 as two outputs, because stacking them there would copy them once more.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,14 +21,12 @@ import torch
 from torch import Tensor
 
 from smtc.config import AugmentConfig, DataConfig
-from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD, ViewParameters
+from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD, ViewParameters, blur_width
 
 Content = Literal["images", "videos", "frames", "gpu_frames"]
 """What the graph is fed: paths, paths and positions, or decoded clips in either memory."""
 Inputs = dict[str, Any]
 """Name to what is fed for one batch."""
-
-_BLUR_REACH = 5  # in sigmas; what a Gaussian weighs beyond (6e-7) is nothing in a float32 pixel
 
 
 def obstacle(device: torch.device | str) -> str | None:
@@ -79,8 +76,7 @@ def view_inputs(
 
 def _blur_kernel(sigma: float, augment: AugmentConfig) -> np.ndarray:
     """The weights along one axis, `[n,1]`; a single 1 where there is no blur."""
-    width = min(augment.blur_kernel, 2 * math.ceil(_BLUR_REACH * sigma) + 1)
-    return cv2.getGaussianKernel(width, sigma, cv2.CV_32F)
+    return cv2.getGaussianKernel(blur_width(sigma, augment.blur_kernel), sigma, cv2.CV_32F)
 
 
 class DaliViews:

@@ -196,7 +196,7 @@ def recolour(
     matrix[:, :3] /= 255
     matrix[:, 3] += offset
     least, greatest = offset.astype(np.float32), (offset + gain).astype(np.float32)
-    kernel = min(blur_kernel, 2 * math.ceil(_BLUR_REACH * view.blur_sigma) + 1)
+    kernel = blur_width(view.blur_sigma, blur_kernel)
     pixels = np.empty((height, width, 3), np.float32)
     # Frame by frame, so that what one pass writes is still in the cache for the next.
     for frame, planes in zip(cut, out, strict=True):
@@ -207,6 +207,11 @@ def recolour(
             if view.blur_sigma > 0:
                 cv2.GaussianBlur(plane, (kernel, kernel), view.blur_sigma, dst=plane)
     return out
+
+
+def blur_width(sigma: float, widest: int) -> int:
+    """Pixels across which a Gaussian of `sigma` weighs anything, at most `widest`; odd."""
+    return min(widest, 2 * math.ceil(_BLUR_REACH * sigma) + 1)
 
 
 def resize_frame(
