@@ -226,6 +226,26 @@ def sample_sheet(samples: Sequence[Sample]) -> Pixels:
     return contact_sheet(rows, columns, names=[sample.name for sample in samples])
 
 
+def clip_sheet(
+    frames: Sequence[Pixels],
+    semantic: Sequence[NDArray[np.integer]],
+    instance: Sequence[NDArray[np.integer]],
+    *,
+    background: int | None = None,
+) -> Pixels:
+    """A contact sheet of one clip, a column a frame: frames (RGB uint8 `[h,w,3]`), semantic maps
+    and instance maps (`[h,w]`, 0 dark); the semantic slot `background` is dark too.
+    """
+    plain, objects = plain_palette(background), object_palette()
+    rows = [
+        frames,
+        [colour_labels(labels, plain) for labels in semantic],
+        [colour_labels(labels, objects) for labels in instance],
+    ]
+    columns = [f"frame {number + 1}" for number in range(len(frames))]
+    return contact_sheet(rows, columns, names=["frames", "semantic map", "instance map"])
+
+
 def training_report(
     path: str | Path, samples: Sequence[Sample], losses: Mapping[str, Curve]
 ) -> Path:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from smtc.config import EvalConfig
 from smtc.errors import UserError
-from smtc.evaluation.datasets import open_dataset
-from smtc.evaluation.discovery import PROTOCOLS
-from smtc.inference import predict
+from smtc.evaluation.datasets import EvaluationVideo, open_dataset
+from smtc.evaluation.discovery import PROTOCOLS, Protocol
+from smtc.inference import Prediction, predict
 from smtc.model import SMTC
 from smtc.training import distributed
 from smtc.training.distributed import World
@@ -15,13 +18,20 @@ _METRICS = {"synthetic": "fg_iou", "davis2016": "j_sequences"}
 
 
 class HeldOut:
-    """The held-out videos of a run, found at once; `UserError` where they are not whole."""
+    """The held-out videos of a run, found at once; `UserError` where they are not whole, or where
+    there is no score of the name `eval.metric`.
+    """
 
     def __init__(self, config: EvalConfig, world: World) -> None:
         assert config.data is not None
         self._world = world
         self.metric = config.metric or _METRICS[config.dataset]
         self._protocol = PROTOCOLS[config.dataset]
+        names = _score_names(self._protocol)
+        if self.metric not in names:
+            raise UserError(
+                f"There is no score {self.metric!r} for eval.metric; there are {', '.join(names)}."
+            )
         self._videos = open_dataset(config.dataset, Path(config.data))
 
     def score(self, model: SMTC) -> dict[str, float]:
@@ -32,9 +42,13 @@ class HeldOut:
             frames, truth = video.load()
             mine.append((index, self._protocol.score(predict(model, frames), video, truth)))
         found = dict(pair for part in distributed.gather(mine) for pair in part)
-        means = self._protocol.summarise([found[index] for index in sorted(found)])
-        if self.metric not in means:
-            raise UserError(
-                f"There is no score {self.metric!r} for eval.metric; there are {', '.join(means)}."
-            )
-        return means
+        return self._protocol.summarise([found[index] for index in sorted(found)])
+
+
+def _score_names(protocol: Protocol) -> list[str]:
+    """What `protocol` calls its scores, found by scoring a video of three empty frames."""
+    files = [Path()] * 3
+    prediction = Prediction(torch.ones(3, 1, 2, 2), torch.ones(3, 1, 1, 2, 2), torch.ones(3, 1, 1))
+    nothing = np.zeros((3, 2, 2), np.uint8)
+    video = EvaluationVideo("", files, list(files))
+    return list(protocol.summarise([protocol.score(prediction, video, nothing)]))

@@ -70,6 +70,34 @@ def claim_run_folder(folder: Path, config: Config) -> None:
 
 
 @contextmanager
+def locked(folder: Path, *, wanted: bool = True) -> Iterator[None]:
+    """Inside the block, where `wanted`, no other process may train in `folder`, which is made.
+
+    The system frees the lock of a process that dies. Where the file system has no locks nothing is
+    locked. Errors: `UserError` where another process holds it.
+    """
+    if not wanted:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"Another process trains in {folder}; wait for it or choose another --output."
+            ) from error
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            # Loader processes hold the file open too, and might live a moment longer.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Inside the block, a folder that cannot be written or a full disk is a `UserError`."""
     try:
