@@ -46,6 +46,8 @@ class PackSettings:
     """Pixels on a side, or with `keep_aspect` on the shorter one."""
     keep_aspect: bool = False
     antialias: bool = False
+    root: str = ""
+    """The data folder, as it was called then."""
 
     @property
     def flags(self) -> str:
@@ -78,6 +80,19 @@ class Shard:
     def shape(self) -> tuple[int, int, int, int]:
         """Of the array: frames, height, width, 3."""
         return self.frames, self.height, self.width, 3
+
+    def is_sound(self) -> bool:
+        """Whether the values can be those of a shard, whoever wrote the index."""
+        numbers = (self.bytes, self.frames, self.height, self.width)
+        digits = bytes.fromhex(self.crc32)  # ValueError, TypeError
+        return (
+            all(type(number) is int and number > 0 for number in numbers)
+            and len(digits) == 4 * self.frames
+            and type(self.video) is type(self.source) is str
+            and Path(self.file).name == self.file
+            and isinstance(self.bad, dict)
+            and all(0 <= int(position) < self.frames for position in self.bad)
+        )
 
     def checksum(self, position: int) -> int:
         """The CRC-32 of a frame."""
@@ -112,7 +127,7 @@ def read_index(packed: Path) -> tuple[PackSettings, list[Shard]] | None:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     try:
         told = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     return parse_index(told, path)
 
@@ -121,8 +136,11 @@ def parse_index(told: Any, path: Path) -> tuple[PackSettings, list[Shard]]:
     """Settings and videos from the JSON values of the file `path`."""
     try:
         if told["version"] == VERSION:
-            return PackSettings(**told["settings"]), [Shard(**shard) for shard in told["videos"]]
-    except (TypeError, KeyError):
+            shards = [Shard(**shard) for shard in told["videos"]]
+            if all(shard.is_sound() for shard in shards):
+                return PackSettings(**told["settings"]), shards
+            raise ValueError
+    except (TypeError, KeyError, ValueError, AttributeError):
         raise UserError(f"{path} is damaged; delete {path.parent} and pack again.") from None
     raise UserError(
         f"{path} was written by another version of smtc; delete {path.parent} and pack again."

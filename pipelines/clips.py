@@ -123,7 +123,8 @@ def find_video_files(root: str | Path) -> dict[str, str]:
     The name is the path below `root`, with its suffix only where it is not unique without.
     """
     with os.scandir(root) as entries:
-        inner = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        visible = [entry.path for entry in entries if not entry.name.startswith(".")]
+    inner = [os.path.basename(path) for path in visible if os.path.isdir(path)]
     found: set[str] = set()
     for folder in ("", *inner):
         with os.scandir(os.path.join(root, folder)) as entries:
@@ -151,7 +152,8 @@ def _videos_in(folder: Path) -> list[Video]:
     """The subfolders of `folder` that hold frames."""
     if not folder.is_dir():
         return []
-    found = ((inner.name, _frames_in(inner)) for inner in folder.iterdir() if inner.is_dir())
+    inside = (inner for inner in folder.iterdir() if not inner.name.startswith("."))
+    found = ((inner.name, _frames_in(inner)) for inner in inside if inner.is_dir())
     return sorted((Video(name, frames) for name, frames in found if frames), key=_by_name)
 
 

@@ -12,6 +12,7 @@ sample a clip, `[T,h,w,3]`. The operators after the decoder work on both. The vi
 as two outputs, because stacking them there would copy them once more.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -34,10 +35,29 @@ def obstacle(device: torch.device | str) -> str | None:
     try:
         import nvidia.dali  # noqa: F401
     except (ImportError, OSError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali")
-        return "DALI is not installed" if missing else f"DALI cannot be imported ({error})"
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        if isinstance(error, ModuleNotFoundError) and error.name in ("nvidia", "nvidia.dali"):
+            return "DALI is not installed (pip install nvidia-dali-cuda130)"
+        return f"DALI cannot be imported ({error})"
+    if torch.device(device).type != "cuda":
+        return None
+    if not torch.cuda.is_available():
         return "DALI finds no CUDA device"
+    return _gpu_obstacle(_device_id(torch.device(device)))
+
+
+@functools.cache
+def _gpu_obstacle(device_id: int | None) -> str | None:
+    """Why DALI's build and the driver do not get along, found by trying."""
+    from nvidia.dali import Pipeline, fn
+
+    try:
+        pipe = Pipeline(batch_size=1, num_threads=1, device_id=device_id)
+        with pipe:
+            pipe.set_outputs(fn.constant(idata=[0], device="gpu"))
+        pipe.build()
+        pipe.run()
+    except RuntimeError as error:
+        return f"DALI cannot use this GPU ({str(error).strip().partition(chr(10))[0]})"
     return None
 
 
@@ -232,7 +252,8 @@ def _frames(content: Content, config: DataConfig, device: torch.device) -> Any:
     if content == "videos":
         positions = fn.external_source(name="positions", dtype=types.INT32, ndim=1)
         decoder = "mixed" if on_gpu else "cpu"
-        return fn.decoders.video(_encoded(), frames=positions, device=decoder)
+        # Frames that are not there are an error, and not black.
+        return fn.decoders.video(_encoded(), frames=positions, device=decoder, pad_mode="none")
     frames = fn.external_source(
         name="frames",
         layout="FHWC",

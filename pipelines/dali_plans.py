@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from smtc.config import DataConfig
+from smtc.errors import UserError
 from smtc.pipelines.cache import PackedFrames
 from smtc.pipelines.clips import Clip, ClipSampler, Schedule
 from smtc.pipelines.dali import Content, Inputs, path_bytes, undecodable, view_inputs
@@ -136,6 +137,9 @@ class Planner:
         failed = undecodable(
             self._config, self.content, [inputs for _, inputs in samples], self._device
         )
+        if self.content == "videos":
+            clips = [clip for plan in plans for clip in plan.clips]
+            return self._find_bad_videos([clips[number] for number in failed])
         found = {samples[number][0]: self._why(samples[number][0]) for number in failed}
         if len(failed) == len(samples):  # then it may well be DALI that is broken
             found = {file: reason for file, reason in found.items() if reason is not None}
@@ -144,13 +148,24 @@ class Planner:
         }
         return bool(found)
 
-    def _why(self, path: str) -> str | None:
-        """Why a file cannot be read, if it is not only DALI that cannot."""
-        try:
-            if self.content == "images":
-                read_image(path)
+    def _find_bad_videos(self, clips: Sequence[Clip]) -> bool:
+        """Whether files of `clips` are bad; `UserError` where only DALI cannot decode them."""
+        for clip in clips:
+            try:
+                FileFrames(self._known_bad).read(clip)
+            except BadFrame as error:
+                self._known_bad[error.path] = error.reason
             else:
-                _check_container(path)
+                raise UserError(
+                    f"DALI cannot decode {clip.video.container}, which is whole; use --data.loader "
+                    "torch, or pack the frames with `smtc data pack`."
+                )
+        return bool(clips)
+
+    def _why(self, path: str) -> str | None:
+        """Why an image cannot be read, if it is not only DALI that cannot."""
+        try:
+            read_image(path)
         except BadFrame as error:
             return error.reason
         return None

@@ -42,4 +42,7 @@ class FileFrames:
                 raise BadFrame(path, self.known_bad[path])
         if container is None:
             return [read_image(path) for path in clip.paths]
-        return read_frames(container, [clip.video.timestamps[i] for i in clip.frames])
+        frames = read_frames(container, [clip.video.timestamps[i] for i in clip.frames])
+        if len({frame.shape for frame in frames}) > 1:
+            raise BadFrame(container, "the size of its frames changes")
+        return frames

@@ -2,9 +2,11 @@
 
 import functools
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
@@ -61,7 +63,7 @@ def check_image(path: str | Path) -> None:
 
     Reads little more than its two ends, so damage in between is not found.
     """
-    with _refused(path), open(path, "rb", buffering=0) as file:
+    with _opened(path) as file:
         head = file.read(_END)
         file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
         tail = file.read(_END)
@@ -73,17 +75,22 @@ def check_image(path: str | Path) -> None:
 
 def _read_bytes(path: str | Path) -> bytes:
     """The content of a JPEG or PNG file that has its end marker."""
-    with _refused(path), open(path, "rb") as file:
+    with _opened(path) as file:
         data = file.read()
     _check_markers(path, data, data)
     return data
 
 
 @contextmanager
-def _refused(path: str | Path) -> Iterator[None]:
-    """Errors of the operating system become `BadFrame`."""
+def _opened(path: str | Path) -> Iterator[IO[bytes]]:
+    """A regular file; errors of the operating system become `BadFrame`."""
     try:
-        yield
+        # A pipe that nobody writes to would be waited for without the flag.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+        with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadFrame(path, "it is no regular file")
+            yield file
     except FileNotFoundError:
         raise BadFrame(path, "the file is missing") from None
     except OSError as error:

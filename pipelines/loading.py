@@ -16,7 +16,7 @@ from smtc.pipelines.dali import obstacle
 from smtc.pipelines.dali_loader import DaliLoader
 from smtc.pipelines.faults import Faults
 from smtc.pipelines.frames import FileFrames
-from smtc.pipelines.manifest import load_manifest
+from smtc.pipelines.manifest import MANIFEST, load_manifest
 from smtc.pipelines.places import cache_folder
 from smtc.pipelines.torch_loader import TorchLoader
 
@@ -76,7 +76,7 @@ def build_loader(
     by_dali = _by_dali(config, device)
     kind = "image files" if sampler.videos[0].container is None else "video files"
     source = f"{kind} decoded each time" if packed is None else "packed frames"
-    _LOG.info("Clips from %s, by %s.", source, "DALI" if by_dali else "OpenCV")
+    _LOG.info("Clips from %s, augmented by %s.", source, "DALI" if by_dali else "OpenCV")
     if by_dali:
         return DaliLoader(
             *(config, schedule, sampler, faults),
@@ -105,6 +105,11 @@ def _open_packed(
     except UserError as error:
         if config.loader == "cache":
             raise
+        if config.cache is not None and not (folder / MANIFEST).exists():
+            raise UserError(
+                f"--data.cache {config.cache} holds neither packed frames nor a manifest; name the "
+                "folder that was the --output of `smtc data pack` or `smtc data inspect`."
+            ) from None
         if not isinstance(error, Unpacked):
             _LOG.warning("The packed frames are not used: %s", error)
         return None

@@ -9,8 +9,9 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -36,6 +37,7 @@ from smtc.pipelines.shards import PARTIAL, is_readable, packed_size, write_shard
 from smtc.progress import bar
 
 _LOG = logging.getLogger("smtc")
+_OURS = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{12}\.npy(\.partial)?")
 _RECORD = "finished.jsonl"
 
 Job = tuple[Video, tuple[int, int]]
@@ -65,7 +67,8 @@ def pack(
     for name, value in (("size", size), ("workers", workers)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
-    settings = PackSettings(size=size, keep_aspect=keep_aspect, antialias=antialias)
+    root = str(Path(folder).resolve())
+    settings = PackSettings(size=size, keep_aspect=keep_aspect, antialias=antialias, root=root)
     target = cache_folder(folder, output)
     manifest = load_manifest(target, folder)
     timestamps = manifest.timestamps() if manifest else None
@@ -112,7 +115,7 @@ def _pack(
                     with (packed / _RECORD).open("a", encoding="utf-8") as record:
                         record.write(json.dumps(asdict(shard)) + "\n")
         finally:
-            _remove(packed.glob("*" + PARTIAL))
+            _remove([path for path in packed.glob("*" + PARTIAL) if _is_ours(path.name)])
         shards = [kept[video.name] for video in videos]
         index = _head(settings) | {"videos": [asdict(shard) for shard in shards]}
         _write_whole(packed / INDEX, json.dumps(index))
@@ -151,13 +154,18 @@ def _finished(packed: Path, settings: PackSettings) -> list[Shard]:
     if index is None:
         with suppress(FileNotFoundError):
             for name in sorted(os.listdir(packed)):
-                if not name.endswith(PARTIAL):
+                if not _is_ours(name):
                     raise UserError(
                         f"{packed} already holds {name!r}, which smtc data pack knows nothing "
                         "about; delete that folder or choose another --output."
                     )
         return []
     found, shards = index
+    if found.root != settings.root:
+        raise UserError(
+            f"{packed} holds the frames of {found.root}; choose another --output for those of "
+            f"{settings.root}."
+        )
     if found != settings:
         raise UserError(
             f"{packed} holds frames packed with {found.flags}, not with {settings.flags}; delete "
@@ -261,14 +269,19 @@ def _head(settings: PackSettings) -> dict[str, Any]:
     return {"version": VERSION, "settings": asdict(settings)}
 
 
+def _is_ours(name: str) -> bool:
+    """Whether this module names files so: a shard's, whole or not, or an index's on its way."""
+    return bool(_OURS.fullmatch(name)) or name in (INDEX + PARTIAL, _RECORD + PARTIAL)
+
+
 def _superseded(packed: Path, kept: dict[str, Shard]) -> list[Path]:
     """Shards of vanished and changed videos, and what a killed run left."""
     names = {shard.file for shard in kept.values()}
-    shards = [path for path in packed.glob("*.npy") if path.name not in names]
-    return [*shards, *packed.glob("*" + PARTIAL)]
+    found = [path for path in packed.glob("*") if _is_ours(path.name)]
+    return [path for path in found if path.name not in names]
 
 
-def _remove(paths: Iterator[Path] | list[Path]) -> None:
+def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink()
 

@@ -157,12 +157,23 @@ class TorchLoader:
     def __next__(self) -> Batch:
         if self._running is None:
             raise StopIteration
-        made = next(self._running, None)
         try:
-            return self._checked(made)
+            return self._checked(self._made())
         except BaseException:
             self.close()
             raise
+
+    def _made(self) -> _Made | None:
+        assert self._running is not None
+        try:
+            return next(self._running, None)
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "A process that loads data was killed, perhaps for want of memory; use fewer "
+                "--data.workers or a smaller --data.prefetch."
+            ) from error
 
     def _checked(self, made: _Made | None) -> Batch:
         if made is None:

@@ -139,7 +139,7 @@ def _library() -> Any:
         import av.video.reformatter
     except ImportError:
         raise UserError(
-            "Video files need PyAV; run pip install 'smtc[video]', or extract their frames."
+            "Video files need PyAV; run pip install av, or extract their frames."
         ) from None
     return av
 

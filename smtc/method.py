@@ -155,7 +155,7 @@ class SMTCMethod(Method):
         """What stochastic depth is decided with, keyed by the clips: `[B,T,branches]`."""
         frames, branches = batch.views.shape[2], self.student.encoder.branches
         drawn = keyed_uniform(self.config.train.seed, batch.index, DEPTH_STREAM, frames * branches)
-        return drawn.view(-1, frames, branches)
+        return drawn.view(len(batch.index), frames, branches)
 
     def _references(self, index: Tensor, frames: int) -> Tensor:
         """The frame that each is correlated with, the same for student and teacher: `[B,T]`."""

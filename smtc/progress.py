@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm as tqdm_notebook
 
 _LOG = logging.getLogger("smtc")
 _END: Any = object()  # what no iterable holds
@@ -29,7 +30,7 @@ def bar(
     """A progress bar with an ETA. Where standard error is no terminal (a log file), a line every 10
     s.
     """
-    live = sys.stderr.isatty()
+    live = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
     return tqdm(
         total=total,
         desc=title,

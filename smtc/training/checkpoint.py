@@ -8,6 +8,7 @@ whole: a program that dies while it writes leaves nothing that counts.
 
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -84,29 +85,34 @@ class Checkpoints:
     def _write(self, step: int, sample: int, state: dict[str, Tensor], score: float | None) -> None:
         target = self._folder / f"step_{step:08d}"
         partial = target.with_name(f".{target.name}.partial")
+        if _readable(target):
+            return  # the run ends at the step it started from, with the state it read there
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _dump(state, partial)
             sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
             write_json(partial / _STATE, {"step": step, "sample": sample, "bytes": sizes})
+            # Before the checkpoint counts: a run killed in between goes on from the one before and
+            # comes by this score again; a run killed after it would not.
+            best = self.best()
+            if score is not None and math.isfinite(score) and (best is None or score > best[1]):
+                write_json(self._folder / _BEST, {"step": step, "score": score})
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             _flush(self._folder)
-            best = self.best()
-            if score is not None and (best is None or score > best[1]):
-                write_json(self._folder / _BEST, {"step": step, "score": score})
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
                 f"The checkpoint {target} could not be written ({error.strerror}); free some space "
                 "and run the same command again: it continues from the last one."
             ) from error
-        self._prune()
+        self._prune(target)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         best = self.best()
-        kept = checkpoints(self._folder)[-self._keep :]
+        # The run came back before those of later steps because they are damaged.
+        kept = [path for path in checkpoints(self._folder) if path <= newest][-self._keep :]
         for folder in checkpoints(self._folder):
             if folder not in kept and (best is None or folder.name != f"step_{best[0]:08d}"):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -137,6 +143,14 @@ def latest_checkpoint(folder: Path) -> State | None:
             f"remove {folder} and start anew."
         )
     return None
+
+
+def _readable(path: Path) -> bool:
+    try:
+        _read(path)
+    except UserError:
+        return False
+    return True
 
 
 def _read(path: Path) -> State:

@@ -25,7 +25,7 @@ def mask_picture(model: SMTC, clip: Tensor) -> Pixels | None:
     size = frames.shape[1:3]
     found = [render(prediction, index, size, PRESETS["ours"]) for index in range(len(frames))]
     return clip_sheet(
-        frames,
+        list(frames),
         [frame.semantic for frame in found],
         [frame.mask for frame in found],
         background=prediction.background,

@@ -1,10 +1,12 @@
 """The folder of a run: whose it is, which settings it belongs to, and what cannot be written."""
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from smtc.config import Config, flatten, to_dict
 from smtc.errors import UserError
@@ -39,6 +41,10 @@ _FREE_TO_CHANGE = {
 # The same place may be named in several ways.
 _PATHS = {"data.root", "init", "model.backbone.weights"}
 
+_LOCK, _CONFIG = ".lock", "config.json"
+# What a program that died before it had written the settings leaves.
+_OURS = {_LOCK, f"{_CONFIG}.partial"}
+
 
 def check_run_folder(config: Config) -> Path:
     """The run folder of `config`, looked at but not touched.
@@ -48,13 +54,16 @@ def check_run_folder(config: Config) -> Path:
     if config.output is None:
         raise UserError("Where should the run go? Give --output FOLDER.")
     folder = Path(config.output)
+    root = config.data.root
+    if root is not None and folder.resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"{folder} lies inside the data folder {root}; choose another --output.")
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; choose another --output.")
-        written = folder / "config.json"
+        written = folder / _CONFIG
         if written.exists():
             _refuse_other_settings(written, config)
-        elif strangers := sorted(p.name for p in folder.glob("*")):
+        elif strangers := sorted({p.name for p in folder.glob("*")} - _OURS):
             raise UserError(
                 f"{folder} is not a run folder and holds {strangers[0]!r}; choose another --output."
             )
@@ -65,7 +74,7 @@ def claim_run_folder(folder: Path, config: Config) -> None:
     """Make the run folder and write the settings into it; `UserError` where that is impossible."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", to_dict(config))
+        write_json(folder / _CONFIG, to_dict(config))
         write_json(folder / "environment.json", {"commit": commit(), "versions": versions()})
 
 
@@ -80,21 +89,28 @@ def locked(folder: Path, *, wanted: bool = True) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+    path = folder / _LOCK
+    with path.open("a") as file:
+        if not _lock(file, path):
             raise UserError(
                 f"Another process trains in {folder}; wait for it or choose another --output."
-            ) from error
-        except OSError:
-            pass
+            )
         try:
             yield
         finally:
-            # Loader processes hold the file open too, and might live a moment longer.
             with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_UN)
+                path.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO, path: Path) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A holder who has just left took the file away, and another may have made a new one.
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    except OSError:
+        return True
 
 
 @contextmanager

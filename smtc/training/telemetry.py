@@ -103,6 +103,8 @@ class Telemetry:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens in the block does not count as training time."""
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)  # steps that are still under way do count
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began

@@ -35,7 +35,8 @@ from smtc.training.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from smtc.training.run_folder import check_run_folder, claim_run_folder, writing
+from smtc.training.pictures import mask_picture
+from smtc.training.run_folder import check_run_folder, claim_run_folder, locked, writing
 from smtc.training.stopping import DataOverdueError, StopRequest
 from smtc.training.telemetry import Telemetry, read_metrics
 from smtc.training.watches import CollapseWatch, FiniteWatch
@@ -83,10 +84,10 @@ def train(config: Config, method: Method | None = None) -> Run:
         trainer.resume()
         loader = trainer.loader()
         # Only now, when all that was given has proved good, is something written.
-        if world.main:
-            claim_run_folder(folder, config)
-        distributed.wait_for_all()
-        with writing(folder):
+        with writing(folder), locked(folder, wanted=world.main):
+            if world.main:
+                claim_run_folder(folder, config)
+            distributed.wait_for_all()
             trainer.run(loader)
     return Run(folder=folder, method=method, metrics=read_metrics(folder / "metrics.jsonl"))
 
@@ -143,6 +144,8 @@ class Trainer:
         self.checkpoints = Checkpoints(folder, keep=config.train.keep_checkpoints)
         self.finite = FiniteWatch(config.train.nonfinite, config.train.log_every, world.device)
         self.collapse = CollapseWatch(config.objective)
+        self.held_out = self._held_out()
+        self.clip: Tensor | None = None  # the student's view `[T,3,H,W]` of the last pictured step
         self.optimizer: torch.optim.Optimizer
         self.forward: nn.Module
         self._enter_phase()
@@ -191,16 +194,21 @@ class Trainer:
 
     def run(self, loader: Loader) -> None:
         """All steps that are left, then the model."""
+        with StopRequest() as stop:  # until all is written
+            self._train(loader, stop)
+            if self.world.main:
+                self.method.save_model(self.folder / "model")
+            distributed.wait_for_all()
+
+    def _train(self, loader: Loader, stop: StopRequest) -> None:
         train, evaluation = self.config.train, self.config.eval
         with ExitStack() as ending:
             for part in (loader, self.checkpoints):
                 ending.callback(part.close)
-            held_out = HeldOut(evaluation, self.world) if evaluation.every else None
             telemetry, agreement = self._telemetry(), Agreement()
             ending.callback(telemetry.close)
             heartbeat = Heartbeat(self.world)
             ending.callback(heartbeat.close)
-            stop = ending.enter_context(StopRequest())
             batches = _Timed(patient(loader, "the next batch", SLOW_DATA), stop)
             while self.step < train.steps:
                 try:
@@ -212,8 +220,10 @@ class Trainer:
                 stopping = agreement.ask(stop.signal is not None)
                 last = self.step == train.steps
                 scores = {}
-                if held_out is not None and (self._due(evaluation.every) or last):
-                    scores = self._evaluate(held_out, telemetry)
+                if self.held_out is not None and (self._due(evaluation.every) or last):
+                    scores = self._evaluate(self.held_out, telemetry)
+                if self._due(train.pictures_every):
+                    self._draw(telemetry)
                 if self._due(train.log_every) or last or scores:
                     self._log(telemetry, scores, loader)
                 if self._due(train.checkpoint_every) or last or stopping or scores:
@@ -221,9 +231,6 @@ class Trainer:
                 if stopping and not last:
                     self._leave(stop)
             agreement.close()
-        if self.world.main:
-            self.method.save_model(self.folder / "model")
-        distributed.wait_for_all()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -259,6 +266,8 @@ class Trainer:
         self.finite.note(self.step, bad, sources)
         self.step += 1
         self.sample += config.train.batch * parts * self.world.size
+        if self._due(config.train.pictures_every):
+            self.clip = batch.views[0, 0].clone()  # a loader may write over its batch
         scalars |= norms | {"skipped": skipped}
         telemetry.add(scalars, clips=len(sources), waited=batches.take_wait())
 
@@ -300,15 +309,31 @@ class Trainer:
             world=self.world,
         )
 
+    def _held_out(self) -> HeldOut | None:
+        if not self.config.eval.every:
+            return None
+        if self.method.segmenter() is None:
+            raise UserError("This method finds no masks to score; leave out eval.every.")
+        return HeldOut(self.config.eval, self.world)
+
     def _evaluate(self, held_out: HeldOut, telemetry: Telemetry) -> dict[str, float]:
         """Scores on the held-out videos, the deciding one under `score` too."""
         model = self.method.segmenter()
-        if model is None:
-            return {}
+        assert model is not None
         with telemetry.paused():
             found = held_out.score(model)
         named = {f"eval/{name}": value for name, value in found.items()}
         return named | {"score": found[held_out.metric]}
+
+    def _draw(self, telemetry: Telemetry) -> None:
+        """What the student sees in a clip of this step, in TensorBoard."""
+        model = self.method.segmenter()
+        if model is None or self.clip is None or not self.world.main:
+            return
+        with telemetry.paused():
+            picture = mask_picture(model, self.clip)
+            if picture is not None:
+                telemetry.picture(self.step, "masks", picture)
 
     def _log(self, telemetry: Telemetry, scores: dict[str, float], loader: Loader) -> None:
         extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}

@@ -20,7 +20,7 @@ from smtc.config import AugmentConfig, DataConfig
 from smtc.errors import UserError
 from smtc.pipelines import cache, shards
 from smtc.pipelines.batch import Batch
-from smtc.pipelines.cache import PackedFrames, Unpacked, open_packed
+from smtc.pipelines.cache import PackedFrames, Unpacked, open_packed, read_index
 from smtc.pipelines.clips import Clip, ClipSampler, Schedule, find_videos
 from smtc.pipelines.faults import Faults
 from smtc.pipelines.frames import FileFrames, Frames
@@ -433,3 +433,29 @@ def test_it_works_in_other_processes_and_threads(
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             found = pool.map(frames.read, clips[:8])
             assert [zlib.crc32(pixels) for pixels in found] == expected[:8]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("crc32", ""), ("crc32", "zz" * 32), ("crc32", 5), ("height", "32"), ("height", None)),
+        *(("bad", [1]), ("bad", {"x": "y"}), ("bad", {"99": "y"}), ("frames", "6"), ("file", 3)),
+        *(("file", "../00000.npy"), ("video", [1]), ("frames", 0)),
+    ],
+)
+def test_an_index_edited_by_hand_is_one_sentence(
+    videos: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    folder = pack(videos, tmp_path / "out", size=16)
+    index = folder / "packed" / "index.json"
+    told = json.loads(index.read_text())
+    told["videos"][1][key] = value
+    index.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"index\.json is damaged; delete .* and pack again"):
+        read_index(folder / "packed")
+
+
+def test_an_endlessly_nested_index_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"index\.json is damaged"):
+        read_index(tmp_path)

@@ -405,4 +405,4 @@ def test_what_stands_in_the_way_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert obstacle("cuda") == "DALI finds no CUDA device"
     monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
-    assert obstacle("cpu") == "DALI is not installed"
+    assert obstacle("cpu") == "DALI is not installed (pip install nvidia-dali-cuda130)"

@@ -1,7 +1,10 @@
 """Frames are read whole or refused; masks keep their ids."""
 
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -195,3 +198,10 @@ def test_masks_without_ids_are_refused(tmp_path: Path) -> None:
 def test_a_mask_of_one_bit_is_read_as_0_and_255(tmp_path: Path) -> None:
     Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
     assert read_ids(tmp_path / "a.png").tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize("read", [read_image, check_image])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(BadFrame, match="it is no regular file"):
+        read(tmp_path / "pipe.jpg")

@@ -1,7 +1,10 @@
 """Which loader runs: what is packed, what can run, what was asked for; and it is said once."""
 
 import logging
+import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,7 @@ def test_auto_is_torch_where_nothing_is_packed_and_no_gpu_trains(
 ) -> None:
     caplog.set_level(logging.INFO, "smtc")
     assert isinstance(build(videos), TorchLoader)
-    assert said(caplog) == ["Clips from image files decoded each time, by OpenCV."]
+    assert said(caplog) == ["Clips from image files decoded each time, augmented by OpenCV."]
 
 
 def test_auto_takes_what_is_packed(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -49,7 +52,7 @@ def test_auto_takes_what_is_packed(videos: Path, caplog: pytest.LogCaptureFixtur
     for loader in ("auto", "cache"):
         caplog.clear()
         packed, files = build(videos, loader=loader), build(videos, loader="torch")
-        assert said(caplog)[0] == "Clips from packed frames, by OpenCV."
+        assert said(caplog)[0] == "Clips from packed frames, augmented by OpenCV."
         for one, other in zip(packed, files, strict=True):
             assert torch.equal(one.views, other.views)
 
@@ -78,7 +81,7 @@ def test_packed_frames_that_do_not_serve(
     caplog.set_level(logging.INFO, "smtc")
     assert isinstance(build(videos, **settings), TorchLoader)
     assert said(caplog)[0].startswith("The packed frames are not used: ") and reason in caplog.text
-    assert said(caplog)[1] == "Clips from image files decoded each time, by OpenCV."
+    assert said(caplog)[1] == "Clips from image files decoded each time, augmented by OpenCV."
 
 
 def test_a_changed_data_folder_does_not_match_what_was_packed(videos: Path, tmp_path: Path) -> None:
@@ -151,3 +154,20 @@ def test_places_are_outside_the_data(videos: Path, monkeypatch: pytest.MonkeyPat
 def test_no_data() -> None:
     with pytest.raises(UserError, match="Give --data FOLDER"):
         build_loader(DataConfig(), Schedule(batch=1, steps=1), size=(32, 32), seed=0)
+
+
+def test_a_cache_folder_that_holds_nothing_is_refused(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--data\.cache .*nowhere holds neither"):
+        build(videos, cache=str(tmp_path / "nowhere"))
+    inspect_folder(videos, tmp_path / "seen", workers=1)
+    assert isinstance(build(videos, cache=str(tmp_path / "seen")), TorchLoader)
+
+
+def test_a_worker_that_is_killed_is_no_full_disk(videos: Path) -> None:
+    config = DataConfig(root=str(videos), workers=1, prefetch=1)
+    loader = iter(build_loader(config, Schedule(batch=2, steps=500), size=(32, 32), seed=0))
+    worker = multiprocessing.active_children()[0]
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    worker.join(10)
+    with pytest.raises(UserError, match=r"that loads data was killed.*--data\.workers"):
+        list(loader)

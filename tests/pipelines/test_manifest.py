@@ -493,7 +493,7 @@ def test_a_file_that_could_not_be_opened_is_tried_again(cli: Command, data: Path
 def test_a_file_that_turns_unreadable_is_not_held_against_its_content(
     cli: Command, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: str, *_: object) -> Any:
+    def refuse(path: str, *_: object, **__: object) -> Any:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(images, "open", refuse, raising=False)

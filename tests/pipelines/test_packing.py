@@ -126,7 +126,7 @@ def test_videos_of_any_name_get_files_of_their_own(tmp_path: Path) -> None:
         "a b",
         "a_b",
         "a\\b",
-        "..c",
+        "c..",
         "ä…😀",
         "n\nl",
         "x" * 255,
@@ -431,7 +431,7 @@ def test_a_torn_record_counts_up_to_its_tear(data: Path) -> None:
     record = folder / "packed" / "finished.jsonl"
     for cut in (0, 1, len(lines[4]) // 2, len(lines[4]) - 2):
         record.write_text("".join(lines[:4]) + lines[4][:cut])
-        found = packing._finished(folder / "packed", packing.PackSettings(size=16))
+        found = packing._finished(folder / "packed", packing.PackSettings(size=16, root=str(data)))
         assert [shard.video for shard in found] == ["00000", "00001", "00002"]
     for text in ("", "[]\n", "{}\n", "half"):
         record.write_text(text)
@@ -541,3 +541,26 @@ def test_the_command_packs(videos: Path, tmp_path: Path, cli: Callable[..., Any]
     assert told.code == 0
     expect_whole(videos, tmp_path / "out")
     assert cli("data", "pack", videos, "--output", tmp_path / "out", "--size", 8).code == 2
+
+
+def test_the_frames_of_another_data_folder_stay(videos: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(videos, tmp_path / "copied"))
+    folder = pack(copied, tmp_path / "out", size=16)
+    before = sorted(os.listdir(folder / "packed"))
+    with pytest.raises(UserError, match=r"holds the frames of .*copied; choose another --output"):
+        pack(videos, tmp_path / "out", size=16)
+    assert sorted(os.listdir(folder / "packed")) == before
+
+
+def test_files_of_others_are_never_deleted(videos: Path, tmp_path: Path) -> None:
+    folder = pack(videos, tmp_path / "out", size=16)
+    for name in ("my_features.npy", "movie.partial"):
+        (folder / "packed" / name).write_bytes(b"precious")
+    next((folder / "packed").glob("00000-*.npy")).unlink()
+    pack(videos, tmp_path / "out", size=16)
+    assert (folder / "packed" / "my_features.npy").read_bytes() == b"precious"
+    assert (folder / "packed" / "movie.partial").read_bytes() == b"precious"
+    (tmp_path / "other" / "packed").mkdir(parents=True)
+    (tmp_path / "other" / "packed" / "download.partial").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"already holds 'download\.partial'"):
+        pack(videos, tmp_path / "other", size=16)

@@ -1,6 +1,10 @@
 """Run folders belong to one set of settings and to nothing else."""
 
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,8 @@ import pytest
 
 from smtc.config import Config, flatten, to_dict
 from smtc.errors import UserError
-from smtc.training.run_folder import check_run_folder, claim_run_folder, write_json
+from smtc.training.run_folder import check_run_folder, claim_run_folder, locked, write_json
+from smtc.training.trainer import train
 
 TinyConfig = Callable[..., Config]
 
@@ -156,6 +161,77 @@ def test_a_read_only_place_is_refused(tiny_config: TinyConfig, read_only: Path) 
         open_run_folder(run_config(tiny_config, read_only))
 
 
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from smtc.training.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print(flush=True)
+    time.sleep(8)
+"""
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    """Until it dies, however it dies."""
+    folder = tmp_path / "some" / "run"
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"\n"
+        with (
+            pytest.raises(UserError, match=rf"Another process trains in {folder};"),
+            locked(folder),
+        ):
+            pass
+        with locked(folder, wanted=False):
+            assert names(folder) == [".lock"]
+        holder.kill()
+    with locked(folder), pytest.raises(UserError), locked(folder):
+        pass
+    with locked(folder):
+        pass
+    assert names(folder) == []
+
+
+def test_a_lock_taken_as_its_holder_leaves_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").touch()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="Another process"), locked(tmp_path):
+        pass
+
+
+def test_without_locks_a_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+
+
+def test_two_runs_in_one_folder(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = run_config(tiny_config, tmp_path / "run", train__steps=1)
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="Another process trains"):
+        train(config)
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert train(config).metrics[-1]["step"] == 1
+
+
+def test_a_run_killed_before_its_settings_were_written_may_start_again(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    for name in (".lock", "config.json.partial"):
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    open_run_folder(run_config(tiny_config, tmp_path))
+
+
 def test_flatten_gives_dotted_names() -> None:
     nested = {"a": 1, "b": {"c": [2], "d": {"e": None}}}
     assert flatten(nested) == {"a": 1, "b.c": [2], "b.d.e": None}
@@ -168,3 +244,9 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
     assert names(tmp_path) == ["values.json"]
+
+
+def test_a_run_inside_the_data_is_refused(tiny_config: TinyConfig, synthetic_data: Path) -> None:
+    with pytest.raises(UserError, match=r"lies inside the data folder .*--output"):
+        open_run_folder(run_config(tiny_config, synthetic_data / "runs" / "mine"))
+    assert not (synthetic_data / "runs").exists()
