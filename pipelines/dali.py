@@ -53,7 +53,7 @@ def _gpu_obstacle(device_id: int | None) -> str | None:
     try:
         pipe = Pipeline(batch_size=1, num_threads=1, device_id=device_id)
         with pipe:
-            pipe.set_outputs(fn.constant(idata=[0], device="gpu"))
+            pipe.set_outputs(fn.random.uniform(device="gpu", shape=[1]))
         pipe.build()
         pipe.run()
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Arguments of `smtc` that several test files use."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ def train_flags(data: object, output: object, *more: object) -> list[object]:
 def frames_of(data: Path, video: str) -> Path:
     """A video's folder in the DAVIS layout."""
     return data / "JPEGImages" / "480p" / video
+
+
+def changed(config: Any, settings: dict[str, Any]) -> Any:
+    """`config` with other values for dotted settings ("train.steps")."""
+    for name, value in settings.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            value = changed(getattr(config, first), {rest: value})
+        config = dataclasses.replace(config, **{first: value})
+    return config
 
 
 def tree(folder: Path) -> list[str]:

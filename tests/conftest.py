@@ -2,7 +2,6 @@
 file systems.
 """
 
-import dataclasses
 import os
 
 # Kernels run in Triton's interpreter, which has to be chosen before triton is first imported.
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import tree
+from commands import changed, tree
 
 from smtc import presets
 from smtc.config import Config
@@ -55,16 +54,6 @@ def davis2016() -> Path:
     if not (folder / "JPEGImages" / "480p").is_dir():
         pytest.skip(f"DAVIS-2016 is not in {folder}; name its folder in SMTC_DAVIS2016")
     return folder
-
-
-def changed(config: Any, settings: dict[str, Any]) -> Any:
-    """`config` with other values for dotted settings ("train.steps")."""
-    for name, value in settings.items():
-        first, _, rest = name.partition(".")
-        if rest:
-            value = changed(getattr(config, first), {rest: value})
-        config = dataclasses.replace(config, **{first: value})
-    return config
 
 
 @pytest.fixture(scope="session")

@@ -549,7 +549,7 @@ def test_without_pyav_the_remedy_is_named(
         with pytest.raises(UserError, match=r"pip install av") as caught:
             read(path)
         assert not isinstance(caught.value, BadFrame)
-    with pytest.raises(UserError, match=r"smtc\[video\]"):
+    with pytest.raises(UserError, match=r"pip install av"):
         find_videos(path.parent, containers=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import changed
+from commands import changed
 from torch import nn
 
 from smtc import presets
