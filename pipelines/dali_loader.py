@@ -97,7 +97,8 @@ class DaliLoader:
         try:
             return self._next()
         except BaseException:
-            self._stop()
+            # A disk that hangs may be why; what is to be saved then should not wait for it.
+            self._stop(wait=False)
             raise
 
     def close(self) -> None:
@@ -106,12 +107,12 @@ class DaliLoader:
         self._static = self._gathering = None
         self._resident.clear()
 
-    def _stop(self) -> None:
+    def _stop(self, *, wait: bool = True) -> None:
         self._graph = None
         self._running.clear()
         self._planned.clear()
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=wait, cancel_futures=True)
             self._pool = None
 
     def _next(self) -> Batch:

@@ -247,6 +247,8 @@ class Trainer:
             self.optimizer, self.step, config.train.steps, config.optim
         )
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = [b for b in self.method.buffers() if b.is_floating_point()]
+        former = [buffer.clone() for buffer in statistics]  # of batch norms; a ViT has none
         scalars: dict[str, Tensor] = {}
         sources: list[Source] = []
         for part in range(parts):
@@ -260,6 +262,8 @@ class Trainer:
                 scalars[name] = scalars.get(name, 0) + value.detach() / parts
             sources += batch.sources
         norms, skipped = self.update.step(self.optimizer)
+        for own, before in zip(statistics, former, strict=True):
+            own.copy_(torch.where(skipped, before, own))
         self.method.after_step(self.step, skipped)
         # A scaled loss overflows now and then, and the scale adapts: only its own value counts.
         bad = ~scalars["loss"].isfinite() if self.update.scaler.is_enabled() else skipped

@@ -1,6 +1,7 @@
 """Gradients that are not finite never reach the weights; collapse is told once."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from smtc.method import SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.training.trainer import train
 from smtc.training.watches import CollapseWatch
+from smtc.warm_start import WarmStart
 
 
 class Poisoned(Line):
@@ -112,6 +114,30 @@ def test_smtcs_teacher_skips_the_step_too(
     one = train(with_output(tiny_config, tmp_path / "one", train__steps=1, **settings))
     for name, value in one.method.state_dict().items():
         assert torch.equal(value, two.method.state_dict()[name]), name
+
+
+def test_batch_statistics_skip_the_step_too(
+    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = WarmStart.training_step
+
+    def poisoned(self: WarmStart, batch: Batch, step: int) -> dict[str, Tensor]:
+        if step == 1:
+            batch = replace(batch, views=batch.views * float("nan"))
+        return whole(self, batch, step)
+
+    monkeypatch.setattr(WarmStart, "training_step", poisoned)
+    settings = {
+        "preset": "tiny_encoder",
+        "train__nonfinite": "skip",
+        "optim__schedule": "cosine",
+        "optim__final_lr": 1.0,
+    }
+    two = train(with_output(tiny_config, tmp_path / "two", train__steps=2, **settings))
+    one = train(with_output(tiny_config, tmp_path / "one", train__steps=1, **settings))
+    for name, value in one.method.state_dict().items():
+        if name != "norm.num_batches_tracked":
+            assert torch.equal(value, two.method.state_dict()[name]), name
 
 
 def test_without_bad_steps_the_policy_changes_nothing(
