@@ -5,7 +5,7 @@ BIN := .venv/bin
 DATA := data/synthetic
 WORKERS := -n auto --maxprocesses 4
 
-.PHONY: help setup train learning-table test test-slow lint bench gpu-check clean
+.PHONY: help setup train learning-table test coverage test-slow lint bench gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -29,10 +29,13 @@ train: .venv/ready  ## learn on synthetic videos and show the result (a few minu
 learning-table: .venv/ready  ## the same over three seeds: the README's table
 	$(BIN)/python -m smtc.benchmarks.learning table --seeds 0 1 2 --output runs/learning
 
-test: lint  ## lint, types and the whole test suite
+test: lint  ## lint, types and the whole test suite but for what takes minutes
+	$(BIN)/python -m pytest $(WORKERS) --dist loadfile
+
+coverage: .venv/ready  ## the test suite again, and which lines it reaches (half as long again)
 	$(BIN)/python -m pytest $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
-test-slow: .venv/ready  ## the tests that take minutes: every deliberate fault in a kernel has to be caught
+test-slow: .venv/ready  ## the tests that take minutes: deliberate faults in kernels, killed runs, memory
 	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: .venv/ready  ## ruff and mypy

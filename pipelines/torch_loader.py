@@ -8,6 +8,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -109,6 +110,24 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
+@contextmanager
+def worker_deaths_told() -> Iterator[None]:
+    """A worker that was killed is a `UserError`.
+
+    Torch raises its own error wherever the main thread is at that moment, so this belongs around
+    whatever runs while a loader does.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "A process that loads data was killed, perhaps for want of memory; use fewer "
+            "--data.workers or a smaller --data.prefetch."
+        ) from error
+
+
 class TorchLoader:
     """The batches of a schedule, the same whatever the number of workers.
 
@@ -158,22 +177,12 @@ class TorchLoader:
         if self._running is None:
             raise StopIteration
         try:
-            return self._checked(self._made())
+            with worker_deaths_told():
+                made = next(self._running, None)
+            return self._checked(made)
         except BaseException:
             self.close()
             raise
-
-    def _made(self) -> _Made | None:
-        assert self._running is not None
-        try:
-            return next(self._running, None)
-        except (ConnectionError, EOFError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "A process that loads data was killed, perhaps for want of memory; use fewer "
-                "--data.workers or a smaller --data.prefetch."
-            ) from error
 
     def _checked(self, made: _Made | None) -> Batch:
         if made is None:

@@ -23,6 +23,7 @@ from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch, Source
 from smtc.pipelines.clips import Schedule
 from smtc.pipelines.loading import Loader, build_loader
+from smtc.pipelines.torch_loader import worker_deaths_told
 from smtc.progress import patient
 from smtc.training import distributed
 from smtc.training.checkpoint import Checkpoints, latest_checkpoint
@@ -194,7 +195,7 @@ class Trainer:
 
     def run(self, loader: Loader) -> None:
         """All steps that are left, then the model."""
-        with StopRequest() as stop:  # until all is written
+        with worker_deaths_told(), StopRequest() as stop:  # until all is written
             self._train(loader, stop)
             if self.world.main:
                 self.method.save_model(self.folder / "model")

@@ -19,7 +19,7 @@ from smtc.pipelines.inspection import inspect_folder
 from smtc.pipelines.loading import Loader, build_loader
 from smtc.pipelines.packing import pack
 from smtc.pipelines.places import cache_folder
-from smtc.pipelines.torch_loader import TorchLoader
+from smtc.pipelines.torch_loader import TorchLoader, worker_deaths_told
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -167,8 +167,8 @@ def test_a_worker_that_is_killed_is_no_full_disk(videos: Path) -> None:
     config = DataConfig(root=str(videos), workers=1, prefetch=1)
     loader = iter(build_loader(config, Schedule(batch=2, steps=500), size=(32, 32), seed=0))
     worker = multiprocessing.active_children()[0]
-    os.kill(worker.pid or 0, signal.SIGKILL)
-    worker.join(10)
-    with pytest.raises(UserError, match=r"that loads data was killed.*--data\.workers"):
+    killed = pytest.raises(UserError, match=r"that loads data was killed.*--data\.workers")
+    with killed, worker_deaths_told():
+        os.kill(worker.pid or 0, signal.SIGKILL)
         while True:
             next(loader)
