@@ -1,5 +1,7 @@
 """Video files of numbered pictures, in many codecs and containers."""
 
+import os
+import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -10,6 +12,9 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from smtc.pipelines.images import BadFrame
+from smtc.pipelines.video_files import read_frames, read_timestamps
 
 av = pytest.importorskip("av")
 
@@ -92,6 +97,18 @@ def remuxed(source: Path, path: Path, *, drop: int = 0, earlier: int = 0) -> Pat
             packet.stream = stream
             file.mux(packet)
     return path
+
+
+def said(path: Path, times: list[int] | None = None) -> str:
+    """The reason for which a file is refused; nothing stays open."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BadFrame) as caught:
+        read_timestamps(path) if times is None else read_frames(path, times)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    name, reason = str(caught.value).split(": ")
+    assert name == f"{path.parent.name}/{path.name}"
+    return reason
 
 
 @dataclass(frozen=True)
