@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +37,9 @@ class Telemetry:
         self._world = world or World(torch.device("cpu"))
         self._lines: TextIO | None = None
         self._board: SummaryWriter | None = None
+        self._thread_errors = threading.excepthook
         if self._world.main:
+            threading.excepthook = self._tell_thread_error
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
             try:
                 self._lines = _reopen(folder / "metrics.jsonl", start)
@@ -109,8 +112,17 @@ class Telemetry:
         yield
         self._since += time.perf_counter() - began
 
+    def _tell_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        # TensorBoard's thread prints a traceback when a disk is full, which our own files tell.
+        if type(error.thread).__module__.startswith("tensorboard") and isinstance(
+            error.exc_value, OSError
+        ):
+            return
+        self._thread_errors(error)
+
     def close(self) -> None:
         """Finish the bar and the files."""
+        threading.excepthook = self._thread_errors
         self._bar.close()
         if self._lines is not None:
             self._lines.close()
