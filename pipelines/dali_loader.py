@@ -96,6 +96,9 @@ class DaliLoader:
             raise StopIteration
         try:
             return self._next()
+        except StopIteration:
+            self._stop()
+            raise
         except BaseException:
             # A disk that hangs may be why; what is to be saved then should not wait for it.
             self._stop(wait=False)
