@@ -14,7 +14,7 @@ from toy import Line, TinyConfig, assert_same, with_output
 
 from smtc.method import SMTCMethod
 from smtc.pipelines.batch import Batch
-from smtc.training.checkpoint import latest_checkpoint
+from smtc.training.checkpoint import Checkpoints, latest_checkpoint
 from smtc.training.stopping import StopRequest
 from smtc.training.trainer import train
 
@@ -113,3 +113,30 @@ def test_the_command_says_how_to_go_on(
     assert told.code == 143
     monkeypatch.undo()
     assert cli(*command).code == 0
+
+
+def test_a_signal_after_the_last_step_costs_nothing(
+    tiny_config: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the last checkpoint and the model are being written."""
+    write, save = Checkpoints.close, Line.save_model
+
+    def closing(self: Checkpoints) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(self)
+
+    def saving(self: Line, folder: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, folder)
+
+    # Should the signal get through, it ends this test and not the whole suite.
+    monkeypatch.setattr(Checkpoints, "close", closing)
+    monkeypatch.setattr(Line, "save_model", saving)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run = train(with_output(tiny_config, tmp_path / "run", train__steps=3), method=Line())
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    state = latest_checkpoint(run.folder)
+    assert state is not None and state["step"] == 3
+    assert (run.model_folder / "line.pt").exists()
