@@ -22,9 +22,10 @@ from torch import Tensor
 
 from smtc import presets
 from smtc.benchmarks import data_videos, parity
+from smtc.benchmarks.blocks import markdown
 from smtc.benchmarks.data_baselines import BASELINES, PlainLoader
 from smtc.benchmarks.harness import Report, pick_device, timing
-from smtc.benchmarks.report import data_table, draw_data
+from smtc.benchmarks.tables import data_blocks
 from smtc.errors import UserError
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.cache import open_packed
@@ -119,7 +120,7 @@ def run(
     device: str = "auto",
     deadline: float | None = None,
 ) -> int:
-    """Measure, print a table, write `output`/data.json and data.png.
+    """Measure, print tables and write `output`/data.json.
 
     Args:
         output: the folder.
@@ -159,8 +160,7 @@ def run(
         for setup in plans[-1] if steps else ():
             if bench.trains(setup) and (deadline is None or time.monotonic() < deadline):
                 bench.wait(setup, steps, Path(folder) / f"{setup.provider} {setup.device}")
-    print(data_table(report.rows))
-    draw_data(report.rows, output / "data.png")
+    print(markdown(data_blocks(report.rows)))
     print(f"{len(report.rows)} rows in {report.path}")
     return 0 if any("median" in row for row in report.rows) else 1
 

@@ -22,6 +22,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from smtc.benchmarks import parity
+from smtc.benchmarks.blocks import markdown
 from smtc.benchmarks.cases import SETTINGS, Case, Inputs, at_size, parity_cases
 from smtc.benchmarks.harness import (
     Report,
@@ -43,7 +44,7 @@ from smtc.benchmarks.providers import (
     tensors,
     widened,
 )
-from smtc.benchmarks.report import kernel_tables
+from smtc.benchmarks.tables import kernel_blocks
 from smtc.errors import UserError
 from smtc.progress import track
 
@@ -119,7 +120,7 @@ def run(
             if bench.broken:
                 print("The device stopped working; the last row's error says why.")
                 return 1
-    print(kernel_tables(report.rows))
+    print(markdown(kernel_blocks(report.rows)))
     print(f"{len(report.rows)} rows in {report.path}")
     return 1 if bench.wrong else 0
 

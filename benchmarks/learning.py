@@ -9,12 +9,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 
 from smtc import presets
+from smtc.benchmarks.tables import learning_table
 from smtc.config import Config, from_dict
 from smtc.errors import UserError
 from smtc.evaluation.baselines import baseline_rows, feature_row
@@ -28,7 +28,6 @@ from smtc.training.trainer import train
 from smtc.visualize import training_report
 from smtc.weights import load_init, load_model
 
-SCORES = ("ari", "fg_iou", "miou", "fg_ari", "instance_ari", "instance_miou")
 LOSSES = ("loss", "alignment", "regularisation", "instance")
 HELD_OUT = Path("data/synthetic/val")
 HELD_OUT_VIDEOS, HELD_OUT_SEED = 30, 2000
@@ -48,7 +47,7 @@ def report(run: tyro.conf.Positional[Path], held_out: Path = HELD_OUT) -> list[R
     metrics = read_metrics(run / "metrics.jsonl")
     losses = {name: [(line["step"], line[name]) for line in metrics] for name in LOSSES}
     training_report(run / "report.png", sample_maps(trained, videos), losses)
-    print(_markdown({name: [row] for name, row in _by_name(rows).items()}))
+    print(learning_table({name: [row] for name, row in _by_name(rows).items()}).markdown())
     for file in ("report.png", "evaluation.json", "model", "metrics.jsonl", "tensorboard"):
         print(f"  {run / file}")
     return rows
@@ -103,7 +102,7 @@ def table(
             by_name.setdefault(name, []).append(row)
     results = {"commit": commit(), "versions": versions(), "seeds": list(seeds), "rows": by_name}
     write_json(output / "learning.json", results)
-    print(_markdown(by_name))
+    print(learning_table(by_name).markdown())
 
 
 def _train_both(seed: int, folder: Path, data: Path) -> Path:
@@ -126,20 +125,6 @@ def _train_both(seed: int, folder: Path, data: Path) -> Path:
 
 def _by_name(rows: list[Row]) -> dict[str, Row]:
     return {row["model"]: row for row in rows}
-
-
-def _markdown(by_name: dict[str, list[Row]]) -> str:
-    """A table with a row a model; seeds that differ stand side by side."""
-    lines = ["| | " + " | ".join(SCORES) + " |", "|---" * (len(SCORES) + 1) + "|"]
-    for name, rows in by_name.items():
-        cells = [_cell([row.get(score) for row in rows]) for score in SCORES]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[Any]) -> str:
-    shown = ["" if value is None else f"{value:.2f}" for value in values]
-    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from smtc import kernels
+from smtc.benchmarks.blocks import Table, is_number, markdown, text
 from smtc.benchmarks.cases import Case, parity_cases
 from smtc.benchmarks.comparison import Errors, against_oracle, poisoned_memory
 from smtc.benchmarks.harness import Report, pick_device, pick_operations
@@ -67,7 +68,7 @@ def run(
             print(f"Out of time before {op} {dtype}: {len(jobs) - len(report.rows)} cases left.")
             break
         report.add(check(case, dtype, impl, device))
-    print(f"{LEGEND}\n\n{table(report.rows)}")
+    print(markdown([LEGEND, table(report.rows)]))
     missed = [row for row in report.rows if not row["passed"]]
     for row in missed[:10]:
         print(f"MISS {row['op']} {row['dtype']} {row['case']}: {why(row)}")
@@ -135,33 +136,29 @@ def why(row: Row) -> str:
     return str(row.get("error", far))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown: the worst error of each operation and dtype over its cases."""
-    lines = [
-        "| operation | dtype | forward | gradient | eager's forward | eager's gradient "
-        "| of tolerance | worst case | result |",
-        "|---" * 9 + "|",
-    ]
+def table(rows: Sequence[Row]) -> Table:
+    """The worst error of each operation and dtype over its cases."""
+    columns = ("forward", "gradient", "eager_forward", "eager_gradient")
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["dtype"]), []).append(row)
-    for (op, dtype), group in groups.items():
+        groups.setdefault((text(row.get("op")), text(row.get("dtype"))), []).append(row)
+    lines = []
+    for key, group in groups.items():
         worst = max(group, key=_severity)
-        columns = ("forward", "gradient", "eager_forward", "eager_gradient")
         cells = [_cell([row.get(column) for row in group]) for column in columns]
-        missed = sum(not row["passed"] for row in group)
+        missed = sum(not row.get("passed") for row in group)
         verdict = f"{missed} of {len(group)} missed" if missed else f"{len(group)} passed"
         of = "failed" if "error" in worst else format(_severity(worst), ".2f")
-        cells += [of, worst["case"], verdict]
-        lines.append(f"| {op} | {dtype} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*key, *cells, of, text(worst.get("case")), verdict])
+    heads = ["operation", "dtype", "forward", "gradient", "eager's forward", "eager's gradient"]
+    return Table([*heads, "of tolerance", "worst case", "result"], lines)
 
 
 def _severity(row: Row) -> float:
     value = row.get("of_tolerance")
-    return math.inf if value is None else float(value)
+    return float(value) if is_number(value) else math.inf
 
 
-def _cell(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
+def _cell(values: list[Any]) -> str:
+    known = [value for value in values if is_number(value)]
     return f"{max(known):.1e}" if known else ""

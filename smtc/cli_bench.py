@@ -54,8 +54,7 @@ class _BenchKernels(_Bench):
 class _BenchData:
     """Count the clips that each loader makes, beside a plain DataLoader with PIL or OpenCV.
 
-    Prints tables; writes data.json and, where matplotlib is installed, data.png. Takes about five
-    minutes on two cores.
+    Prints tables and writes data.json. Takes about five minutes on two cores.
     """
 
     output: Path
@@ -99,9 +98,18 @@ class _BenchStatic(_Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class _BenchReport:
-    """Print a benchmark folder's results as tables; write report.md and pictures there."""
+    """Print a benchmark folder's results and write them as one page, report.html.
 
-    folder: tyro.conf.Positional[Path]
+    Needs no network, nor does the page. With --readme only that file's tables are written.
+    """
+
+    folder: tyro.conf.Positional[Path | None] = None
+    """With the JSON files; the checkout's recorded results when not given."""
+    output: Path | None = None
+    """The page; report.html in the folder when not given."""
+    readme: Path | None = None
+    """A file whose tables are written anew, each between lines <!-- table: NAME --> and
+    <!-- end -->."""
 
 
 def _bench_kernels(arguments: list[str]) -> None:
@@ -145,11 +153,13 @@ def _bench_data(arguments: list[str]) -> None:
 
 
 def _bench_report(arguments: list[str]) -> None:
-    """a benchmark folder as tables and a picture"""
+    """a benchmark folder as one HTML page, or as the README's tables"""
     settings = parse(_BenchReport, "bench report", arguments)
-    from smtc.benchmarks import report
+    from smtc.benchmarks import readme, report
 
-    sys.exit(report.run(settings.folder))
+    if settings.readme is not None:
+        sys.exit(readme.run(settings.readme, settings.folder))
+    sys.exit(report.run(settings.folder, output=settings.output))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

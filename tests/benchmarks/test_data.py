@@ -1,6 +1,5 @@
 """`smtc bench data`: rows, ratios, failures, and that the baselines do the same work."""
 
-import builtins
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from smtc import presets
-from smtc.benchmarks import data, data_baselines, data_videos, report
+from smtc.benchmarks import data, data_baselines, data_videos
+from smtc.benchmarks.blocks import markdown
 from smtc.benchmarks.data import Open, Setup
 from smtc.benchmarks.data_baselines import _Look, _Where
 from smtc.benchmarks.harness import read_report
+from smtc.benchmarks.tables import data_blocks
 from smtc.pipelines.clips import find_videos
 from smtc.pipelines.images import read_image
 from smtc.pipelines.views import ViewParameters, apply_view
@@ -73,10 +74,9 @@ def test_every_loader_has_its_rows(cli: Callable[..., Any], tmp_path: Path) -> N
     assert settings["view"] == [16, 16] and settings["page_cache"] == "warm"
     assert settings["augment"]["blur"] > 0 and settings["augment"]["flip"] > 0
     assert "| 720p | torch | cpu | 1 |" in told.out and "cache / torch" in told.out
-    assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
     assert not multiprocessing.active_children()
     again = cli("bench", "report", tmp_path)
-    assert again.code == 0 and report.data_table(rows_of(tmp_path)) in again.out
+    assert again.code == 0 and markdown(data_blocks(rows_of(tmp_path))) in again.out
 
 
 def opened(
@@ -191,7 +191,7 @@ def test_a_loader_that_cannot_start_leaves_a_row_and_the_others(
     assert measured["provider"] == "pil" and measured["median"] > 0
     assert not rows_of(tmp_path, "wait")
     told = cli(*start, "--providers", "torch")
-    assert told.code == 1 and "* 480p torch on cpu, 1 workers: ImportError" in told.out
+    assert told.code == 1 and "| 480p torch cpu threads 1 | ImportError" in told.out
 
 
 def test_a_loader_that_fails_on_its_way_is_closed(
@@ -315,22 +315,6 @@ def test_without_time_nothing_is_measured(
     code = data.run(tmp_path, providers=["pil"], cases=["480p"], threads=[1], deadline=0.0)
     assert code == 1 and "Out of time" in capsys.readouterr().out
     assert [row["case"] for row in rows_of(tmp_path)] == ["settings"]
-
-
-def test_without_matplotlib_there_is_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    usual = builtins.__import__
-
-    def without(name: str, *more: Any) -> Any:
-        if name == "matplotlib":
-            raise ImportError
-        return usual(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    report.draw_data([], tmp_path / "data.png")
-    assert "pip install matplotlib" in capsys.readouterr().out
-    assert not (tmp_path / "data.png").exists()
 
 
 def test_mistakes_end_in_a_sentence(

@@ -75,7 +75,7 @@ def test_a_wrong_implementation_is_not_timed(
     assert told.code == 1 and [row["provider"] for row in rows] == list(EAGER)
     for row in rows:
         assert row["error"].startswith("not timed: parity of ") and "median" not in row
-        assert f"{row['provider']}: {row['error']}" in told.out
+        assert f"{row['provider']} | {row['error']} |" in told.out
 
 
 def test_a_result_that_is_wrong_at_the_timed_size_only_is_not_timed(

@@ -56,18 +56,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         learning.report(tmp_path / "nothing", tmp_path)
 
 
-def test_seeds_stand_side_by_side() -> None:
-    row = {score: 0.5 for score in learning.SCORES}
-    text = learning._markdown({"a": [row, row], "b": [row, row | {"ari": 0.25}]})
-    assert "| a | 0.50 | 0.50 |" in text and "| b | 0.50 / 0.25 | 0.50 |" in text
-
-
-def test_the_readme_shows_the_recorded_table() -> None:
-    recorded = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert learning._markdown(recorded["rows"]) in readme
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_recorded_runs_learned(seed: int) -> None:
     """The margins that training must reach over everything that has not seen it."""
