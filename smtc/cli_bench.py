@@ -112,6 +112,22 @@ class _BenchReport:
     <!-- end -->."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _BenchCompare:
+    """Compare two results of one benchmark, before and after a change; the worst comes last.
+
+    Exits with 1 where something is slower, takes more memory or fails now: the change is above
+    the threshold and the ranges from the 20th to the 80th percentile do not touch.
+    """
+
+    a: tyro.conf.Positional[Path]
+    """A report's JSON file, or a folder of them."""
+    b: tyro.conf.Positional[Path]
+    """The same, after the change."""
+    threshold: float = 0.05
+    """The least relative change that counts."""
+
+
 def _bench_kernels(arguments: list[str]) -> None:
     """time the operations against plain torch and peers"""
     settings = parse(_BenchKernels, "bench kernels", arguments)
@@ -162,6 +178,14 @@ def _bench_report(arguments: list[str]) -> None:
     sys.exit(report.run(settings.folder, output=settings.output))
 
 
+def _bench_compare(arguments: list[str]) -> None:
+    """what became slower or faster between two results"""
+    settings = parse(_BenchCompare, "bench compare", arguments)
+    from smtc.benchmarks import compare
+
+    sys.exit(compare.run(settings.a, settings.b, threshold=settings.threshold))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench kernels": _bench_kernels,
     "bench parity": _bench_parity,
@@ -169,4 +193,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench tune": _bench_tune,
     "bench data": _bench_data,
     "bench report": _bench_report,
+    "bench compare": _bench_compare,
 }
