@@ -9,6 +9,7 @@ from typing import Literal
 import tyro
 
 from smtc.cli_parsing import parse
+from smtc.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,8 @@ def _bench_report(arguments: list[str]) -> None:
     from smtc.benchmarks import readme, report
 
     if settings.readme is not None:
+        if settings.output is not None:
+            raise UserError("--output is for the page, which --readme does not write.")
         sys.exit(readme.run(settings.readme, settings.folder))
     sys.exit(report.run(settings.folder, output=settings.output))
 

@@ -168,6 +168,16 @@ def test_two_files(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert cli("bench", "compare", first, second, "--threshold", 1.5).code == 0
 
 
+def test_more_memory_alone_is_reason_enough(cli: Callable[..., Any], tmp_path: Path) -> None:
+    row = timed(10.0, 9.9, 10.1, peak_mb=10.0)
+    first = save(tmp_path / "a.json", [row])
+    second = save(tmp_path / "b.json", [row | {"peak_mb": 20.0}])
+    told = cli("bench", "compare", first, second)
+    assert told.code == 1
+    assert told.out.splitlines()[-1] == "0 slower, 0 faster, 1 more memory, 1 within noise"
+    assert cli("bench", "compare", second, first).code == 0
+
+
 def test_a_rate_that_fell_is_the_worst(cli: Callable[..., Any], tmp_path: Path) -> None:
     rate = timed(100.0, 99.0, 101.0, case="rate", unit="clips/s")
     time = timed(10.0, 9.9, 10.1, case="time")

@@ -60,7 +60,9 @@ def test_what_lies_between_the_marks_is_written_and_nothing_else(
     expected = expected.replace("step --><!--", f"step -->\n{step}\n<!--")
     assert mine.read_text(encoding="utf-8") == expected
     assert [path.name for path in folder.iterdir()] == ["parity.json"]
+    before = mine.stat()
     again = cli("bench", "report", folder, "--readme", mine)
+    assert (mine.stat().st_ino, mine.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert again.code == 0 and "up to date" in again.out
     assert mine.read_text(encoding="utf-8") == expected
 
@@ -102,6 +104,7 @@ def test_wrong_marks_are_refused(safe: Callable[..., str], mine: Path) -> None:
     assert missing in said("<!-- table: step -->\n")
     assert missing in said("<!-- table: step -->\n<!-- table: data -->\n<!-- end -->\n")
     assert "there is no table 'speed'; there are ablations" in said(PAGE.replace("step", "speed"))
+    assert "--output is for the page" in safe(*flags, "--output", mine.parent / "page.html")
     mine.unlink()
     assert "MINE.md cannot be read" in safe(*flags)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from smtc.benchmarks import page, parity, report, step_tables, tables
-from smtc.benchmarks.blocks import UNMEASURED, Bar, Block, Chart, Table, markdown
+from smtc.benchmarks.blocks import UNMEASURED, Bar, Block, Chart, Table, markdown, number
 from smtc.benchmarks.charts import LONGEST, svg
 from smtc.benchmarks.harness import Report
 
@@ -46,6 +46,7 @@ KERNELS = [
     {"case": "device copy", "median": 4300.0, "unit": "GB/s"},
     row("correlation_projection", "L256", "triton", 0.1),
     row("correlation_projection", "L256", "triton", 0.08, mode="graph"),
+    row("correlation_projection", "L256", "triton", 0.04, direction="forward"),
     row("correlation_projection", "L256", "eager-bf16", 0.15),
     row("correlation_projection", "L256", "eager-fp32", 0.4),
     row("correlation_projection", "L256", "plain", 0.5),
@@ -139,6 +140,12 @@ def test_a_table_is_markdown_whatever_is_in_its_cells() -> None:
     assert table.markdown() == (
         "| a | b |\n|---|---|\n| x\\|y | \\<!-- end --> |\n| two lines |  |"
     )
+
+
+def test_what_is_no_number_has_no_digits() -> None:
+    assert [number(value) for value in (1, 0.12345, True, None, "2", [3])] == [
+        *("1", "0.123", "", "", "", "")
+    ]
 
 
 def test_the_summary_compares_with_the_best_eager_form() -> None:
@@ -336,6 +343,8 @@ def test_a_folder_becomes_one_page(cli: Callable[..., Any], full: Path) -> None:
     assert seen.ids == names and seen.links == [f"#{name}" for name in names]
     assert "add<float>|x" in seen.texts and "<float>" not in text
     assert "RuntimeError: <none> & never" in seen.texts
+    titles = [section.title for section in report.SECTIONS]
+    assert [text for text in seen.texts if text in titles] == titles * 2  # contents, then heads
     for section in report.SECTIONS:
         assert section.command in seen.texts
     assert "c0ffee" in text and "prefers-color-scheme: dark" in text and "viewport" in text
@@ -381,7 +390,8 @@ def test_long_tables_are_folded_and_numbers_stand_right() -> None:
     assert "<details><summary>All 26 rows</summary>" in text
     assert '<td>720p</td><td class="number">2.20x</td><td class="number">3 (1 – 5)</td>' in text
     assert f'<td class="number no">{UNMEASURED}</td>' in text
-    assert "details" not in page.html("all", [page.Part("a", "A", "", [Table(["x"], [["y"]])])])
+    few = page.Part("a", "A", "", [Table(["x"], [["y"]] * page.FOLDED)])
+    assert "details" not in page.html("all", [few])
 
 
 def test_without_a_folder_the_recorded_results_are_taken(
