@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from smtc.attention import attend
 from smtc.config import BackboneConfig
 from smtc.errors import UserError
 
@@ -19,6 +21,8 @@ RESNET_WIDTH = 384
 """D of the projected ResNet-50, that of ViT-S."""
 HEADS = ("neck.", "project.")
 """Parts of an encoder that are ours, so that no public file holds them."""
+AS_EVALUATED = 1.0
+"""A draw for stochastic depth that random ones never reach: the branch stays, as in evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,8 @@ class Encoder(nn.Module, ABC):
         self.width = width
         self.patch = config.patch
         self.neck = Neck(width, config.neck) if config.neck else None
+        self.recomputes = False
+        """Whether a block's activations are computed again in the backward pass instead of kept."""
 
     @property
     def branches(self) -> int:
@@ -93,8 +99,9 @@ class Encoder(nn.Module, ABC):
     def forward(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         """Frames `[B,3,H,W]`, floating point and normalised, to features `[B,L,D]`, row by row.
 
-        `depth [B,branches]` (uniform in [0, 1)) fixes which branches training drops; without it
-        torch's generator does. Raises `UserError` when H or W is no multiple of the patch.
+        `depth [B,branches]` (uniform in [0, 1), or `AS_EVALUATED`) fixes which branches training
+        drops; without it torch's generator does. Raises `UserError` when H or W is no multiple of
+        the patch.
         """
         features = self.features(frames, depth)
         return features if self.neck is None else self.neck(features)
@@ -116,22 +123,26 @@ class Encoder(nn.Module, ABC):
         """Names of parameters that exist for the sake of the public files but get no gradient."""
         return []
 
+    def repeated(self) -> list[nn.Module]:
+        """The parts that make up the work, for a compiler: small ones that are alike."""
+        return [self]
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with one linear layer for queries, keys and values."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, impl: str) -> None:
         super().__init__()
         self.heads = heads
+        self.impl = impl
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, tokens, D/heads]
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        query, key, value = qkv.unbind(dim=2)  # each [B, tokens, heads, D/heads]
+        return self.proj(attend(query, key, value, self.impl).reshape(batch, tokens, width))
 
     def keys(self, x: Tensor) -> Tensor:
         """The keys alone, heads side by side: `[B,tokens,D]` to `[B,tokens,D]`."""
@@ -153,33 +164,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; in training each branch is dropped with chance `drop`."""
+    """A pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, drop: float) -> None:
+    def __init__(self, width: int, heads: int, attention: str) -> None:
         super().__init__()
-        self.drop = drop
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, depth: Tensor | None = None) -> Tensor:
-        """Tokens `[B,tokens,D]`; `depth [B,2]` fixes which of the two branches are dropped."""
-        first, second = (None, None) if depth is None else depth.unbind(dim=1)
-        x = x + self.drop_path(self.attn(self.norm1(x)), first)
-        return x + self.drop_path(self.mlp(self.norm2(x)), second)
-
-    def drop_path(self, branch: Tensor, drawn: Tensor | None = None) -> Tensor:
-        """Stochastic depth: drop the branch `[B,tokens,D]` of some frames, scale up the others.
-
-        Dropped are frames whose number of `drawn [B]`, uniform in [0, 1), is below the chance.
-        """
-        if not self.training or self.drop == 0:
-            return branch
-        if drawn is None:
-            drawn = torch.rand(len(branch), device=branch.device)
-        kept = (drawn >= self.drop).to(branch.dtype) / (1 - self.drop)
-        return branch * kept[:, None, None]
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Tokens `[B,tokens,D]`; `scale [B,2]` multiplies the two branches of each frame."""
+        if scale is None:
+            x = x + self.attn(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        first, second = scale.to(x.dtype)[:, :, None, None].unbind(dim=1)  # each [B,1,1]
+        x = x + self.attn(self.norm1(x)) * first
+        return x + self.mlp(self.norm2(x)) * second
 
 
 class PatchEmbed(nn.Module):
@@ -202,20 +203,23 @@ class VisionTransformer(Encoder):
     weight decay shrinks them.
     """
 
-    def __init__(self, config: BackboneConfig, size: ViTSize) -> None:
+    def __init__(self, config: BackboneConfig, size: ViTSize, attention: str = "sdpa") -> None:
         super().__init__(config, size.width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, size.width))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.drops: Tensor
         self.position_side = max(PRETRAINING_SIDE // config.patch, 1)
         if config.position_embedding == "learned":
             self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.position_side**2, size.width))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.patch_embed = PatchEmbed(size.width, config.patch)
         self.blocks = nn.ModuleList(
-            Block(size.width, size.heads, config.drop_path * i / max(size.depth - 1, 1))
-            for i in range(size.depth)
+            Block(size.width, size.heads, attention) for _ in range(size.depth)
         )
         self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        drops = [config.drop_path * i / max(size.depth - 1, 1) for i in range(size.depth)]
+        # On the device, and no part of the weights: two branches a block.
+        self.register_buffer("drops", torch.tensor(drops).repeat_interleave(2), persistent=False)
 
     @property
     def branches(self) -> int:
@@ -223,14 +227,34 @@ class VisionTransformer(Encoder):
 
     def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         x = self.embed(frames)
-        drawn = [None] * len(self.blocks) if depth is None else depth.split(2, dim=1)
-        for block, dropped in zip(self.blocks[:-1], drawn, strict=False):
-            x = block(x, dropped)
+        scales = self.branch_scales(len(x), depth)
         last = self.blocks[-1]
         assert isinstance(last, Block)
+        for block, scale in zip(self.blocks[:-1], scales, strict=False):
+            x = self.run(block, x, scale)
         if self.config.feature == "keys":
             return last.attn.keys(last.norm1(x[:, 1:]))
-        return last(x, drawn[-1])[:, 1:]
+        return self.run(last, x, scales[-1])[:, 1:]
+
+    def branch_scales(self, frames: int, depth: Tensor | None) -> list[Tensor | None]:
+        """What each block's branches are multiplied with, `[B,2]`: stochastic depth drops those of
+        some frames and scales up the others. None outside training.
+
+        Dropped are branches whose draw is below their chance.
+        """
+        if not self.training or self.config.drop_path == 0:
+            return [None] * len(self.blocks)
+        if depth is None:
+            depth = torch.rand(frames, self.branches, device=self.drops.device)
+        kept = (depth >= self.drops) / (1 - self.drops)
+        return list(torch.where(depth >= AS_EVALUATED, 1.0, kept).split(2, dim=1))
+
+    def run(self, block: nn.Module, x: Tensor, scale: Tensor | None) -> Tensor:
+        """`block` of `x`; where asked for, its activations are not kept for the backward pass."""
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return block(x, scale)
+        # Nothing in a block draws, so there is no random state to bring back.
+        return checkpoint(block, x, scale, use_reentrant=False, preserve_rng_state=False)
 
     def embed(self, frames: Tensor) -> Tensor:
         """CLS and patch tokens with their positions: `[B,3,H,W]` to `[B,1+L,D]`."""
@@ -265,6 +289,9 @@ class VisionTransformer(Encoder):
             last = f"blocks.{len(self.blocks) - 1}."
             unused += [last + part for part in ("attn.proj.", "norm2.", "mlp.")]
         return [name for name, _ in self.named_parameters() if name.startswith(tuple(unused))]
+
+    def repeated(self) -> list[nn.Module]:
+        return list(self.blocks[:-1] if self.config.feature == "keys" else self.blocks)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -331,8 +358,11 @@ class ResNet50(Encoder):
         return self.project(x.flatten(2).transpose(1, 2))
 
 
-def build_encoder(config: BackboneConfig) -> Encoder:
-    """The encoder of `config` with random weights (`config.weights` is read by `smtc.weights`)."""
+def build_encoder(config: BackboneConfig, attention: str = "sdpa") -> Encoder:
+    """The encoder of `config` with random weights (`config.weights` is read by `smtc.weights`).
+
+    attention: of a vision transformer, see `smtc.attention`.
+    """
     if config.architecture == "resnet50":
         return ResNet50(config)
-    return VisionTransformer(config, VIT_SIZES[config.architecture])
+    return VisionTransformer(config, VIT_SIZES[config.architecture], attention)

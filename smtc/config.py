@@ -99,6 +99,8 @@ class ModelConfig:
     """Which implementation of the operations runs: plain torch, the fused kernels, or (auto, said
     once) the one that suits the device.
     """
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Of the vision transformer: torch's scaled_dot_product_attention, or xformers' (CUDA only)."""
 
     def __post_init__(self) -> None:
         _require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")
@@ -322,6 +324,8 @@ class OptimConfig:
     """The encoder is frozen before this step; -1: for good."""
     frozen_backward: bool = False
     """Run the frozen encoder's backward and warm its moments, as the released script does."""
+    impl: Literal["torch", "apex"] = "torch"
+    """AdamW: torch's fused one, or NVIDIA apex's FusedAdam (CUDA only)."""
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be positive and finite.")
@@ -368,7 +372,23 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16: autocast; fp16 with a loss scale that adapts."""
+    """bf16 and fp16: autocast over master weights in fp32; slots, softmax and Sinkhorn stay in
+    fp32; fp16 with a loss scale that adapts.
+    """
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    """What fp32 matrix products may be rounded to: nothing, TF32, or bf16
+    (torch.set_float32_matmul_precision).
+    """
+    compile: Literal["none", "encoder", "model"] = "none"
+    """torch.compile of the encoder's blocks, or also of all that follows: slots and losses."""
+    cuda_graphs: Literal["off", "on"] = "off"
+    """Capture a whole step (both forwards, backward, clipping, optimiser, teacher) as one CUDA
+    graph and replay it.
+    """
+    checkpoint_activations: bool = False
+    """Compute the activations of the encoder's blocks again in the backward pass instead of keeping
+    them: less memory for a third more arithmetic; pays where L is 1024 or more.
+    """
     accumulate: int = 1
     """Batches whose gradients are summed for one step."""
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -44,7 +44,7 @@ class SMTC(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = build_encoder(config.backbone)
+        self.encoder = build_encoder(config.backbone, config.attention)
         width = self.encoder.width
         positions = config.grid[0] * config.grid[1]
         self.fusion = nn.Linear(width, width) if config.fusion_head == "linear" else None
@@ -73,12 +73,14 @@ class SMTC(nn.Module):
         *,
         depth: Tensor | None = None,
         iterations: int | None = None,
+        features: Tensor | None = None,
     ) -> Output:
         """Find semantics and instances in `clip [B,T,3,H,W]` (normalised frames).
 
         `noise [B,T,N,P,D]` (standard normal), `reference [B,T]` (int64, another frame of the clip)
         and `depth [B,T,branches]` (uniform, stochastic depth) fix the draws. Without them, training
         mode draws from torch's generator, evaluation mode takes fixed noise and the previous frame.
+        `features [B,T,L,D]` are what `encode` makes of `clip`, where the caller has them.
         """
         batch, frames = clip.shape[:2]
         if iterations is None:
@@ -88,7 +90,9 @@ class SMTC(nn.Module):
         if reference is None:
             reference = self._draw_reference(batch, frames, clip.device)
         self._check(clip, noise, reference, iterations)
-        features, grid = self.encode(clip, depth)
+        grid = self.encoder.grid(clip)
+        if features is None:
+            features, _ = self.encode(clip, depth)
         fused = self._fuse(features, reference, grid)
         slots = self.slot_attention(fused.flatten(0, 1), noise.flatten(0, 1), iterations)
         split = [part.unflatten(0, (batch, frames)) for part in slots]
@@ -115,11 +119,13 @@ class SMTC(nn.Module):
                 f"reference: expected int64 [{batch},{frames}], "
                 f"got {reference.dtype} {list(reference.shape)}"
             )
-        # Only where looking does not make the device wait.
-        if not reference.is_cuda and not ((reference >= 0) & (reference < frames)).all():
-            raise ValueError(f"reference: expected frames 0 to {frames - 1} of the clip")
         if iterations < 1:
             raise ValueError(f"iterations: expected at least 1, got {iterations}")
+        # Only where looking does not make the device wait, nor break a compiled graph.
+        if reference.is_cuda or torch.compiler.is_compiling():
+            return
+        if not ((reference >= 0) & (reference < frames)).all():
+            raise ValueError(f"reference: expected frames 0 to {frames - 1} of the clip")
 
     def encode(self, clip: Tensor, depth: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
         """Features `[B,T,L,D]` of `clip [B,T,3,H,W]`, and the grid (rows, columns)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from smtc import kernels
 from smtc.config import ObjectiveConfig
 from smtc.model import Output
+from smtc.regions import region
 from smtc.slots import slot_similarity
 
 Impl = Literal["auto", "eager", "triton"]
@@ -192,20 +193,24 @@ def smtc_losses(
     `spatial [B,2,5]` tells how the two views were cropped where they differ (see
     `warp_to_student`). `with_instances=False` leaves the instance loss out of the sum (and at 0).
     """
-    targets = alignment_targets(
-        teacher.semantic_logits,
-        teacher.features,
-        epsilon=config.epsilon,
-        iterations=config.iterations,
-        marginals=config.marginals,
-        cost=config.cost,
-        sharpening=config.teacher_sharpening,
-        impl=impl,
-    )
-    if spatial is not None:
-        targets = warp_to_student(targets, spatial, teacher.grid)
+    with region("alignment"):
+        targets = alignment_targets(
+            teacher.semantic_logits,
+            teacher.features,
+            epsilon=config.epsilon,
+            iterations=config.iterations,
+            marginals=config.marginals,
+            cost=config.cost,
+            sharpening=config.teacher_sharpening,
+            impl=impl,
+        )
+        if spatial is not None:
+            targets = warp_to_student(targets, spatial, teacher.grid)
     logits = student.semantic_logits
-    alignment, regularisation = kernels.mask_losses(logits, targets, delta=MASK_DELTA, impl=impl)
+    with region("mask losses"):
+        alignment, regularisation = kernels.mask_losses(
+            logits, targets, delta=MASK_DELTA, impl=impl
+        )
     if config.reduction == "sum":
         frames = logits.shape[1]
         alignment = alignment * (frames * (frames - 1))
@@ -215,16 +220,17 @@ def smtc_losses(
     instance, active = torch.zeros_like(alignment), None
     if with_instances:
         compared = student.embeddings, teacher.embeddings, student_valid
-        instance = instance_consistency(
-            *compared,
-            _valid(teacher, config),
-            form=config.form,
-            margin=config.margin,
-            normaliser=config.normaliser,
-            impl=impl,
-        )
-        if config.form == "l2_margin":
-            active = kernels.active_negatives(*compared, margin=config.margin, impl=impl)
+        with region("instance"):
+            instance = instance_consistency(
+                *compared,
+                _valid(teacher, config),
+                form=config.form,
+                margin=config.margin,
+                normaliser=config.normaliser,
+                impl=impl,
+            )
+            if config.form == "l2_margin":
+                active = kernels.active_negatives(*compared, margin=config.margin, impl=impl)
     loss = (
         config.alignment_weight * alignment
         + config.regularisation_weight * regularisation

@@ -45,7 +45,7 @@ class WarmStart(Method):
         if config.data.spatial != "shared":
             raise UserError("The warm start pairs places of two views; set data.spatial to shared.")
         self.config = config
-        self.encoder = build_encoder(config.model.backbone)
+        self.encoder = build_encoder(config.model.backbone, config.model.attention)
         self.norm = nn.BatchNorm1d(config.model.backbone.neck)
         self.luma: Tensor
         self.register_buffer("luma", torch.tensor(_LUMA).view(3, 1, 1), persistent=False)

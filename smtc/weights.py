@@ -69,7 +69,7 @@ def load_model(path: str | Path, **overrides: Any) -> SMTC:
         )
     config = _read_config(source.file.parent) if source.ours else presets.official_v2().model
     # How the training run computed is no property of the model: it may be used on another device.
-    config = dataclasses.replace(config, impl="auto")
+    config = dataclasses.replace(config, impl="auto", attention="sdpa")
     model = SMTC(_override(config, overrides))
     load_into(model, source.tensors, source.file)
     return model.eval()

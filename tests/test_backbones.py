@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smtc.backbones import Encoder, Neck, VisionTransformer, build_encoder
+from smtc.backbones import AS_EVALUATED, Encoder, Neck, VisionTransformer, build_encoder
 from smtc.config import BackboneConfig
 from smtc.errors import UserError
 
@@ -163,24 +163,34 @@ def test_no_position_embedding_has_no_tensor_for_it() -> None:
     assert "pos_embed" not in tiny(position_embedding="none").state_dict()
 
 
-def test_drop_path_drops_whole_frames_and_keeps_the_mean() -> None:
-    block = tiny(drop_path=0.4).blocks[-1].train()
-    assert [round(b.drop, 6) for b in tiny(drop_path=0.4).blocks] == [0, 0.2, 0.4]
+def test_stochastic_depth_drops_branches_of_frames_and_keeps_the_mean() -> None:
+    encoder = tiny(drop_path=0.4).train()
     torch.manual_seed(3)
-    dropped = block.drop_path(torch.ones(20_000, 2, 3))
-    per_frame = dropped.flatten(1)
-    assert torch.equal(per_frame.amin(1), per_frame.amax(1))
-    assert per_frame[:, 0].unique().tolist() == pytest.approx([0, 1 / 0.6])
-    assert (per_frame[:, 0] == 0).float().mean().item() == pytest.approx(0.4, abs=0.02)
+    first, second, third = encoder.branch_scales(20_000, None)
+    assert first is not None and second is not None and third is not None
+    assert first.shape == (20_000, 2) and torch.equal(first, torch.ones_like(first))
+    for scale, chance in ((second, 0.2), (third, 0.4)):
+        assert scale.unique().tolist() == pytest.approx([0, 1 / (1 - chance)])
+        for branch in scale.unbind(dim=1):
+            assert (branch == 0).float().mean().item() == pytest.approx(chance, abs=0.02)
+        assert not torch.equal(scale[:, 0], scale[:, 1])
 
 
-def test_both_branches_of_a_block_are_dropped() -> None:
-    block = tiny(drop_path=0.9).blocks[-1].train()
-    x = torch.randn(64, 5, 64)
-    branches = []
-    block.drop_path = lambda branch, drawn: branches.append(branch) or branch * 0  # type: ignore[method-assign]
-    assert torch.equal(block(x), x)
-    assert len(branches) == 2
+def test_draws_fix_which_branches_are_dropped() -> None:
+    encoder = tiny(drop_path=0.4).train()
+    drawn = torch.tensor([[0, 0, 0.19, 0.21, 0.39, 0.41], [AS_EVALUATED] * 6])
+    scales = [scale for scale in encoder.branch_scales(2, drawn) if scale is not None]
+    expected = [[1.0, 1.0, 0.0, 1 / 0.8, 0.0, 1 / 0.6], [1.0] * 6]
+    torch.testing.assert_close(torch.cat(scales, dim=1), torch.tensor(expected))
+
+
+def test_both_branches_of_a_block_are_scaled() -> None:
+    block = tiny().blocks[-1]
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(block(x, torch.zeros(2, 2)), x)
+    first = x + 2 * block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x, torch.tensor([[2.0, 0.0]]).expand(2, 2)), first)
+    torch.testing.assert_close(block(x, torch.ones(2, 2)), block(x))
 
 
 def test_drop_path_acts_in_training_only() -> None:

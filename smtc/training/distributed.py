@@ -119,17 +119,23 @@ def check_same_start(module: nn.Module) -> None:
         raise UserError("The processes start from different weights; give all the same files.")
 
 
-def parallel(module: nn.Module) -> DistributedDataParallel:
-    """`module` with gradients that are the mean over all processes.
+def parallel(module: nn.Module, *, static: bool) -> DistributedDataParallel:
+    """`module` with gradients that are the mean over all processes, sent while the backward pass
+    goes on.
 
     All of them start alike and no buffer is shared, so nothing but gradients is ever sent; what
-    needs no gradient, such as a teacher, is no part of it.
+    needs no gradient, such as a teacher, is no part of it. `static` says that every step sends all
+    of them, so that torch need not look; parts of an accumulated step do not.
     """
     with warnings.catch_warnings():
         # What torch recommends instead does send the buffers once.
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         return DistributedDataParallel(
-            module, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+            module,
+            init_sync=False,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=static,
         )
 
 

@@ -1,40 +1,64 @@
 """AdamW's parameter groups and the learning-rate schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from smtc.config import OptimConfig
+from smtc.training.apex import counts_by_group, fused_adam, gated_step
+
+Moments = dict[str, dict[str, Tensor]]
 
 # At least two-dimensional, yet no weights of a linear map.
 _EMBEDDINGS = ("slots_mu", "slots_sigma", "pos_embed", "cls_token")
 
 
 def build_optimizer(
-    parameters: dict[str, nn.Parameter], config: OptimConfig
+    parameters: dict[str, nn.Parameter],
+    config: OptimConfig,
+    *,
+    capturable: bool = False,
+    moments: Moments | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW over named parameters: matrices decay, the rest does not; the encoder's groups are
     marked.
 
     Each group keeps its parameters' names, so that a state can be saved and restored by name.
+    `capturable`: the rates are tensors on the device, which a CUDA graph reads anew each time.
+    `moments`: what `load_optimizer_state` will be given, for optimisers that count steps by group.
     """
-    members: dict[tuple[bool, bool], list[str]] = {}
+    apex = config.impl == "apex"
+    members: dict[tuple[bool, bool, int], list[str]] = {}
     for name, parameter in parameters.items():
         decays = parameter.ndim >= 2 and (
             config.decay_embeddings or name.rpartition(".")[2] not in _EMBEDDINGS
         )
-        members.setdefault((name.startswith("encoder."), decays), []).append(name)
-    groups = [
+        done = int((moments or {})[name]["step"]) if apex and name in (moments or {}) else 0
+        members.setdefault((name.startswith("encoder."), decays, done), []).append(name)
+    groups: list[dict[str, Any]] = [
         {
             "params": [parameters[name] for name in names],
             "names": names,
             "encoder": encoder,
             "weight_decay": config.weight_decay if decays else 0.0,
         }
-        for (encoder, decays), names in members.items()
+        for (encoder, decays, _), names in members.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if apex:
+        return fused_adam(groups, config)
+    if capturable:
+        for group in groups:  # one each: groups without their own would share it
+            group["lr"] = torch.full((), config.lr, device=group["params"][0].device)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+        capturable=capturable,
+    )
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
@@ -57,30 +81,37 @@ def set_learning_rate(
     frozen = config.encoder_from_step < 0 or step < config.encoder_from_step
     encoder_rate = 0.0 if frozen else rate * config.encoder_lr
     for group in optimizer.param_groups:
-        group["lr"] = encoder_rate if group["encoder"] else rate
+        own = encoder_rate if group["encoder"] else rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(own)
+        else:
+            group["lr"] = own
     return rate
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, torch.Tensor]]:
-    """Moments by parameter name; parameters that never had a gradient have none."""
-    return {
-        name: optimizer.state[parameter]
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["names"], group["params"], strict=True)
-        if parameter in optimizer.state
-    }
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Moments:
+    """Moments and step counts by parameter name; parameters that never had a gradient have none."""
+    found = {}
+    for group in optimizer.param_groups:
+        # apex counts the steps of a group.
+        shared = {"step": group["step"].float().reshape(())} if "step" in group else {}
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if parameter in optimizer.state:
+                found[name] = shared | optimizer.state[parameter]
+    return found
 
 
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: dict[str, dict[str, torch.Tensor]]
-) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Moments) -> None:
     """Take over the moments of the parameters that `state` names; the others start afresh."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            if name in state:
-                moments = {k: v.clone() for k, v in state[name].items()}
-                # The step count stays where fused AdamW keeps it: on the parameter's device, fp32.
-                optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in moments.items()}
+            if name not in state:
+                continue
+            # The step count stays where fused AdamW keeps it: on the parameter's device, fp32.
+            moments = {k: v.clone().to(parameter.device) for k, v in state[name].items()}
+            if counts_by_group(optimizer):
+                group["step"] = moments.pop("step").int().reshape(1)
+            optimizer.state[parameter] = moments
 
 
 class Update:
@@ -110,9 +141,7 @@ class Update:
             self.scaler.step(optimizer)
             self.scaler.update()
         else:
-            # The same switch that the scaler uses: a fused optimiser reads it on the device.
-            optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-            optimizer.step()
+            gated_step(optimizer, skipped)
         return norms, skipped
 
     def state_dict(self) -> dict[str, Tensor]:

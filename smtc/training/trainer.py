@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smtc.config import Config
 from smtc.errors import UserError
 from smtc.kernels.dispatch import obstacle
 from smtc.method import Method, SMTCMethod
-from smtc.pipelines.batch import Batch, Source
+from smtc.pipelines.batch import Batch
 from smtc.pipelines.clips import Schedule
 from smtc.pipelines.loading import Loader, build_loader
 from smtc.pipelines.torch_loader import worker_deaths_told
@@ -29,15 +29,9 @@ from smtc.training import distributed
 from smtc.training.checkpoint import Checkpoints, latest_checkpoint
 from smtc.training.distributed import Agreement, Heartbeat, World, joined
 from smtc.training.held_out import HeldOut
-from smtc.training.optim import (
-    Update,
-    build_optimizer,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-)
 from smtc.training.pictures import mask_picture
 from smtc.training.run_folder import check_run_folder, claim_run_folder, locked, writing
+from smtc.training.step import Step, uncompiled
 from smtc.training.stopping import DataOverdueError, StopRequest
 from smtc.training.telemetry import Telemetry, read_metrics
 from smtc.training.watches import CollapseWatch, FiniteWatch
@@ -114,17 +108,6 @@ def check_implementation(impl: str, device: torch.device) -> None:
         raise UserError(f"--model.impl triton {reason}; use auto or eager.")
 
 
-class _Forward(nn.Module):
-    """A method's training step as a forward pass, which is what DDP wraps."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        return self.method.training_step(batch, step)
-
-
 class Trainer:
     """One process with one device, alone or among others."""
 
@@ -136,20 +119,13 @@ class Trainer:
         self.step = 0
         self.sample = 0  # the first global sample that no step has seen
         self.learning_rate = 0.0
-        self.trained: tuple[str, ...] = ()
-        self.update = Update(
-            world.device,
-            scaled=config.train.precision == "fp16",
-            clip_norm=config.optim.clip_norm,
-        )
+        self.stepper = Step(method, config, world)
         self.checkpoints = Checkpoints(folder, keep=config.train.keep_checkpoints)
         self.finite = FiniteWatch(config.train.nonfinite, config.train.log_every, world.device)
         self.collapse = CollapseWatch(config.objective)
         self.held_out = self._held_out()
         self.clip: Tensor | None = None  # the student's view `[T,3,H,W]` of the last pictured step
-        self.optimizer: torch.optim.Optimizer
-        self.forward: nn.Module
-        self._enter_phase()
+        self.stepper.enter(self.step)
 
     def resume(self) -> None:
         """Take over the newest checkpoint of the run folder, if there is one."""
@@ -161,9 +137,7 @@ class Trainer:
             return
         self.method.load_state_dict(state["method"])
         self.step, self.sample = state["step"], state["sample"]
-        self._enter_phase()
-        load_optimizer_state(self.optimizer, state.get("optimizer", {}))
-        self.update.load_state_dict(state.get("scaler", {}))
+        self.stepper.load_state_dict(state, self.step)
         distributed.check_same_start(self.method)
         if not self.world.main:
             return
@@ -238,72 +212,20 @@ class Trainer:
 
     def _step(self, batches: "_Timed", telemetry: Telemetry) -> None:
         """One update; nothing here waits for the device."""
-        config, parts = self.config, self.config.train.accumulate
+        train = self.config.train
         # A method that draws from torch's generator gets the same at this step of every run.
-        torch.manual_seed(
-            (config.train.seed * 1_000_003 + self.step) * self.world.size + self.world.rank
-        )
-        self._enter_phase()
-        self.learning_rate = set_learning_rate(
-            self.optimizer, self.step, config.train.steps, config.optim
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        statistics = [b for b in self.method.buffers() if b.is_floating_point()]
-        former = [buffer.clone() for buffer in statistics]  # of batch norms; a ViT has none
-        scalars: dict[str, Tensor] = {}
-        sources: list[Source] = []
-        for part in range(parts):
-            batch = next(batches).to(self.world.device)
-            # The processes add up their gradients once, after the last part.
-            with distributed.apart(self.forward, part < parts - 1):
-                with self._precision():
-                    found = self.forward(batch, self.step)
-                self.update.scaler.scale(found["loss"] / parts).backward()
-            for name, value in found.items():
-                scalars[name] = scalars.get(name, 0) + value.detach() / parts
-            sources += batch.sources
-        norms, skipped = self.update.step(self.optimizer)
-        for own, before in zip(statistics, former, strict=True):
-            own.copy_(torch.where(skipped, before, own))
-        self.method.after_step(self.step, skipped)
+        torch.manual_seed((train.seed * 1_000_003 + self.step) * self.world.size + self.world.rank)
+        done = self.stepper(batches, self.step)
+        self.learning_rate = done.learning_rate
         # A scaled loss overflows now and then, and the scale adapts: only its own value counts.
-        bad = ~scalars["loss"].isfinite() if self.update.scaler.is_enabled() else skipped
-        self.finite.note(self.step, bad, sources)
+        scaled = train.precision == "fp16"
+        bad = ~done.scalars["loss"].isfinite() if scaled else done.skipped
+        self.finite.note(self.step, bad, done.sources)
         self.step += 1
-        self.sample += config.train.batch * parts * self.world.size
-        if self._due(config.train.pictures_every):
-            self.clip = batch.views[0, 0].clone()  # a loader may write over its batch
-        scalars |= norms | {"skipped": skipped}
-        telemetry.add(scalars, clips=len(sources), waited=batches.take_wait())
-
-    def _enter_phase(self) -> None:
-        """Where the set of trained parameters changes, mark them and rebuild what depends on it."""
-        trainable = self.method.trainable(self.step)
-        if tuple(trainable) == self.trained:
-            return
-        moments = optimizer_state(self.optimizer) if self.trained else {}
-        self.method.requires_grad_(False)
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        self.optimizer = build_optimizer(trainable, self.config.optim)
-        load_optimizer_state(self.optimizer, moments)
-        self.forward = _Forward(self.method)
-        if self.world.size > 1:
-            self.forward = distributed.parallel(self.forward)
-        if self.trained and self.world.main:
-            logger.info("Step %d: %d tensors are trained from here.", self.step, len(trainable))
-        self.trained = tuple(trainable)
-
-    def _precision(self) -> torch.autocast:
-        # No cache: a weight cast in the slots' graph-free iterations would come back without a
-        # gradient.
-        precision = self.config.train.precision
-        return torch.autocast(
-            self.world.device.type,
-            dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
-            enabled=precision != "fp32",
-            cache_enabled=False,
-        )
+        self.sample += train.batch * train.accumulate * self.world.size
+        if self._due(train.pictures_every):
+            self.clip = done.views[0, 0].clone()  # a loader may write over its batch
+        telemetry.add(done.scalars, clips=len(done.sources), waited=batches.take_wait())
 
     def _telemetry(self) -> Telemetry:
         return Telemetry(
@@ -325,7 +247,7 @@ class Trainer:
         """Scores on the held-out videos, the deciding one under `score` too."""
         model = self.method.segmenter()
         assert model is not None
-        with telemetry.paused():
+        with telemetry.paused(), uncompiled():
             found = held_out.score(model)
         named = {f"eval/{name}": value for name, value in found.items()}
         return named | {"score": found[held_out.metric]}
@@ -335,15 +257,15 @@ class Trainer:
         model = self.method.segmenter()
         if model is None or self.clip is None or not self.world.main:
             return
-        with telemetry.paused():
+        with telemetry.paused(), uncompiled():
             picture = mask_picture(model, self.clip)
             if picture is not None:
                 telemetry.picture(self.step, "masks", picture)
 
     def _log(self, telemetry: Telemetry, scores: dict[str, float], loader: Loader) -> None:
         extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}
-        if self.update.scaler.is_enabled():
-            extra["loss_scale"] = self.update.scaler.get_scale()
+        if self.config.train.precision == "fp16":
+            extra["loss_scale"] = self.stepper.update.scaler.get_scale()
         values = telemetry.log(self.step, extra | scores)
         self.finite.look(self.checkpoints.newest())
         self.collapse.look(self.step, values)
@@ -353,8 +275,7 @@ class Trainer:
             return
         state = {
             "method": self.method.state_dict(),
-            "optimizer": optimizer_state(self.optimizer),
-            "scaler": self.update.state_dict(),
+            **self.stepper.state_dict(),
         }
         self.checkpoints.save(self.step, self.sample, state, score=scores.get("score"))
 
@@ -372,6 +293,9 @@ class _Timed:
     def __init__(self, batches: Iterator[Batch], stop: StopRequest) -> None:
         self._batches, self._stop = batches, stop
         self._waited = 0.0
+
+    def __iter__(self) -> "_Timed":
+        return self
 
     def __next__(self) -> Batch:
         asked = time.perf_counter()
