@@ -60,7 +60,7 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 
 def _in_markdown(cell: str) -> str:
-    return re.sub(r"([|<])", r"\\\1", " ".join(cell.split()))
+    return re.sub(r"([|<])", r"\\\1", re.sub(r"\s*\n\s*", " ", cell))
 
 
 def number(value: Any, form: str = ".3g", scale: float = 1) -> str:

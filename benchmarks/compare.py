@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +65,18 @@ def run(before: Path, after: Path, *, threshold: float = 0.05) -> int:
     pairs = _pairs(before, after)
     changes: list[Change] = []
     alone = Counter[str]()
+    told: dict[str, list[str]] = {}
     for name, (old, new) in pairs.items():
-        _tell_machines(name, old, new)
+        for line in _origins(old, new):
+            told.setdefault(line, []).append(name)
         found, missing = compare(old["rows"], new["rows"], threshold)
-        changes += found
+        changes += [replace(one, name=f"{name} {one.name}") for one in found]
         alone.update(missing)
     if not changes:
         raise UserError(f"{before} and {after} have no measured row in common.")
-    heads = ["row", "of", "A", "B", "change", "verdict"]
-    ordered = sorted(changes, key=lambda change: change.worse)
-    lines = [[c.name, c.metric, c.first, c.second, c.percent, c.verdict] for c in ordered]
-    print(Table(heads, lines).markdown())
+    for line, names in told.items():
+        print(f"{', '.join(names)}: {line}")
+    print(f"\n{_aligned(sorted(changes, key=lambda change: change.worse))}")
     print(f"\n{counted(changes, alone)}")
     return 1 if any(change.verdict in WORSE for change in changes) else 0
 
@@ -99,7 +100,7 @@ def _pairs(before: Path, after: Path) -> dict[str, tuple[Row, Row]]:
         print(f"Only in A: {', '.join(name for name in names if name not in shared)}.")
     if not shared:
         raise UserError(f"{before} and {after} have no report in common, such as kernels.json.")
-    return {name: (_read(before / name), _read(after / name)) for name in shared}
+    return {Path(name).stem: (_read(before / name), _read(after / name)) for name in shared}
 
 
 def _read(path: Path) -> Row:
@@ -110,17 +111,31 @@ def _read(path: Path) -> Row:
     return found | {"rows": [row for row in rows if isinstance(row, dict)]}
 
 
-def _tell_machines(name: str, old: Row, new: Row) -> None:
+def _origins(old: Row, new: Row) -> list[str]:
     """A line with the commits, and one with what makes times incomparable."""
-    print(f"{name}: A is of commit {old['commit']}, B of {new['commit']}.")
     ours, theirs = old["environment"], new["environment"]
     differences = [
         f"{key} {text(ours.get(key)) or 'none'} and {text(theirs.get(key)) or 'none'}"
         for key in MACHINE
         if ours.get(key) != theirs.get(key)
     ]
-    if differences:
-        print(f"Times are not comparable: {'; '.join(differences)}.")
+    lines = [f"A is of commit {old['commit']}, B of {new['commit']}."]
+    return [
+        *lines,
+        *([f"times are not comparable: {'; '.join(differences)}."] if differences else []),
+    ]
+
+
+def _aligned(changes: Sequence[Change]) -> str:
+    """A table whose columns are straight on a screen, too."""
+    heads = ["row", "of", "A", "B", "change", "verdict"]
+    lines = [[c.name, c.metric, c.first, c.second, c.percent, c.verdict] for c in changes]
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    padded = [
+        [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        for line in [heads, *lines]
+    ]
+    return Table(padded[0], padded[1:]).markdown()
 
 
 def compare(
@@ -201,10 +216,14 @@ def _change(name: str, metric: str, old: Row, new: Row, threshold: float) -> Cha
         moved = moved and _apart(old, new)
     bad, good = (MORE, LESS) if metric == "peak_mb" else (SLOWER, FASTER)
     verdict = NOISE if not moved else bad if worse > 1 else good
-    shown = [f"{value:.4g} {unit}" for value in (first, second)]
+    shown = [f"{_digits(value)} {unit}" for value in (first, second)]
     return Change(
         name, metric, shown[0], shown[1], f"{100 * (relative - 1):+.1f} %", worse, verdict
     )
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _relative(first: float, second: float) -> float:

@@ -20,7 +20,7 @@ def timed(median: float, low: float, high: float, **more: Any) -> Row:
 
 def save(path: Path, rows: list[Row], **environment: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = {"environment": MACHINE | environment, "commit": f"of-{path.stem}", "rows": rows}
+    made = {"environment": MACHINE | environment, "commit": "of-folder", "rows": rows}
     path.write_text(json.dumps(made), encoding="utf-8")
     return path
 
@@ -81,6 +81,8 @@ def test_more_memory_is_a_change_without_a_range() -> None:
     assert verdict(old, old | {"peak_mb": 106.0}) == "more memory"
     assert verdict(old, old | {"peak_mb": 104.0}) == "within noise"
     assert verdict(old, old | {"peak_mb": 90.0}) == "less memory"
+    (large,), _ = compare.compare([old | {"peak_mb": 17493.2}], [old], 0.05)
+    assert (large.first, large.second, large.percent) == ("17493 MB", "100 MB", "-99.4 %")
     assert verdict(old | {"peak_mb": 0.0}, old) == "more memory"
     assert verdict(old | {"peak_mb": 0.0}, old | {"peak_mb": 0.0}) == "within noise"
 
@@ -130,8 +132,11 @@ def test_rows_without_a_common_unit_are_left_out() -> None:
     assert not compare.compare([old | {"unit": "parsecs"}], [old | {"unit": "parsecs"}], 0.05)[0]
 
 
-def names(text: str) -> list[str]:
-    return [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| s")]
+def cells(text: str) -> list[list[str]]:
+    """Of the printed table, without its heads."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines if "---" not in line}) == 1  # columns are straight
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_two_files(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -151,14 +156,16 @@ def test_two_files(cli: Callable[..., Any], tmp_path: Path) -> None:
     first, second = save(tmp_path / "a.json", old), save(tmp_path / "b.json", new)
     told = cli("bench", "compare", first, second)
     assert told.code == 1
-    assert told.out.splitlines()[0] == "a: A is of commit of-a, B of of-b."
+    assert told.out.splitlines()[0] == "a: A is of commit of-folder, B of of-folder."
     assert "not comparable" not in told.out
-    assert names(told.out) == [
-        *("| sinkhorn better plain", "| sinkhorn same plain", "| sinkhorn worse plain"),
-        *("| sinkhorn worse plain", "| sinkhorn worst plain"),
+    steady, slower = ["10 ms", "10 ms", "+0.0 %", "within noise"], ["10 ms", "15 ms", "+50.0 %"]
+    assert cells(told.out) == [
+        ["a sinkhorn better plain", "median", "10 ms", "5 ms", "-50.0 %", "faster"],
+        ["a sinkhorn same plain", "median", *steady],
+        ["a sinkhorn worse plain", "peak_mb", "10 MB", "10 MB", "+0.0 %", "within noise"],
+        ["a sinkhorn worse plain", "median", *slower, "slower"],
+        ["a sinkhorn worst plain", "median", "10 ms", "20 ms", "+100.0 %", "slower"],
     ]
-    assert "| sinkhorn worse plain | median | 10 ms | 15 ms | +50.0 % | slower |" in told.out
-    assert "| sinkhorn worse plain | peak_mb | 10 MB | 10 MB | +0.0 % | within noise |" in told.out
     last = told.out.splitlines()[-1]
     assert last == "2 slower, 1 faster, 2 within noise, 1 only in A"
     back = cli("bench", "compare", second, first)
@@ -186,8 +193,11 @@ def test_a_rate_that_fell_is_the_worst(cli: Callable[..., Any], tmp_path: Path) 
     second = save(tmp_path / "b.json", [fell, time | {"median": 30.0, "p20": 29.0, "p80": 31.0}])
     told = cli("bench", "compare", first, second)
     # A quarter of the clips is four times worse; three times the time is three times worse.
-    assert names(told.out) == ["| sinkhorn time plain", "| sinkhorn rate plain"]
-    assert "| 100 clips/s | 25 clips/s | -75.0 % | slower |" in told.out
+    time_row, rate_row = cells(told.out)
+    assert time_row[0] == "a sinkhorn time plain"
+    assert rate_row == [
+        *("a sinkhorn rate plain", "median", "100 clips/s", "25 clips/s", "-75.0 %", "slower")
+    ]
 
 
 def test_two_folders(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -202,6 +212,10 @@ def test_two_folders(cli: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "b" / "learning.json").write_text("{}", encoding="utf-8")
     told = cli("bench", "compare", tmp_path / "a", tmp_path / "b")
     assert told.code == 0 and "Only in A: tune.json." in told.out
+    assert "step, kernels: A is of commit of-folder, B of of-folder." in told.out
+    assert [line[0] for line in cells(told.out)] == [
+        *("step sinkhorn L256 plain", "kernels sinkhorn L256 plain")
+    ]
     assert told.out.splitlines()[-1] == "0 slower, 1 faster, 1 within noise"
 
 
@@ -210,7 +224,7 @@ def test_another_machine_is_told(cli: Callable[..., Any], tmp_path: Path) -> Non
     first = save(tmp_path / "a.json", rows)
     second = save(tmp_path / "b.json", rows, gpu="H200", torch="2.14")
     told = cli("bench", "compare", first, second)
-    line = "Times are not comparable: gpu none and H200; torch 2.13 and 2.14."
+    line = "a: times are not comparable: gpu none and H200; torch 2.13 and 2.14."
     assert told.code == 0 and line in told.out.splitlines()
     assert "0 slower, 0 faster, 1 within noise" in told.out
 
