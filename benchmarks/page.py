@@ -11,7 +11,7 @@ from smtc.benchmarks.charts import svg
 FOLDED = 25
 """A table with more rows is shown after a click."""
 
-NUMERIC = re.compile(r"[-+≥]? ?\d[^a-zA-Z]*( ?(x|ms|%))?")
+NUMERIC = re.compile(r"[-+≥]? ?\d([^a-zA-Z]|e[-+])*( ?(x|ms|%))?")
 """A cell that is set to the right where its whole column is so."""
 
 STYLE = """

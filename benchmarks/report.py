@@ -37,7 +37,11 @@ class Section:
 
 def parity_blocks(rows: list[Row]) -> list[Block]:
     """The worst errors, below what they mean."""
-    return [parity.LEGEND, parity.table(rows)]
+    checked = [f"{text(row.get('provider'))} on {text(row.get('device'))}" for row in rows]
+    what = (
+        f"Checked: {', '.join(dict.fromkeys(checked))}. On a CPU, triton runs in its interpreter."
+    )
+    return [what, parity.LEGEND, parity.table(rows)]
 
 
 def kernel_blocks(rows: list[Row]) -> list[Block]:

@@ -57,6 +57,7 @@ KERNELS = [
     {"op": "sinkhorn", "case": "L256", "provider": "plain", "error": "OutOfMemoryError: no room"},
 ]
 CHECKED = {"op": "sinkhorn", "case": "small", "dtype": "float32", "forward": 1e-7}
+CHECKED |= {"provider": "triton", "device": "cpu"}
 COMPILED = {"op": "sinkhorn", "kernel": "rows", "arch": "sm_90", "registers": 128, "case": "L256"}
 TRIED = {"kernel": "rows", "arch": "sm_90", "bits": 16, "size": 256, "options": {"BLOCK": 64}}
 LOADED = {"case": "720p", "provider": "torch", "device": "cpu", "threads": 2, "median": 98.64}
@@ -228,6 +229,9 @@ def test_other_tables() -> None:
     needs, over = tables_of(BLOCKS["static"](FOLDER["static"]))
     assert needs.rows == [["sinkhorn", "sm_90", "128", "8", "4096", ""]]
     assert over.rows == [["rows L256 sm_90", "spills 8 B of 0"]]
+    assert BLOCKS["parity"](FOLDER["parity"])[0] == (
+        "Checked: triton on cpu. On a CPU, triton runs in its interpreter."
+    )
     (tuned,) = tables_of(BLOCKS["tune"](FOLDER["tune"]))
     assert tuned.rows[0] == ["rows", "sm_90", "16", "256", "BLOCK 64", "1.5", "chosen"]
     assert tuned.rows[1][5] == "too big"
@@ -384,11 +388,15 @@ def test_what_is_missing_is_said(full: Path) -> None:
 
 
 def test_long_tables_are_folded_and_numbers_stand_right() -> None:
-    cells = [["720p", "2.20x", UNMEASURED if n else "3 (1 – 5)"] for n in range(page.FOLDED + 1)]
-    part = page.Part("a", "A", "", [Table(["case", "worth", "ms"], cells)])
+    cells = [
+        ["720p", "2.20x", "1.0e-07", UNMEASURED if n else "3 (1 – 5)"]
+        for n in range(page.FOLDED + 1)
+    ]
+    part = page.Part("a", "A", "", [Table(["case", "worth", "error", "ms"], cells)])
     text = page.html("all", [part])
     assert "<details><summary>All 26 rows</summary>" in text
-    assert '<td>720p</td><td class="number">2.20x</td><td class="number">3 (1 – 5)</td>' in text
+    numbers = [f'<td class="number">{cell}</td>' for cell in ("2.20x", "1.0e-07", "3 (1 – 5)")]
+    assert f"<td>720p</td>{''.join(numbers)}" in text
     assert f'<td class="number no">{UNMEASURED}</td>' in text
     few = page.Part("a", "A", "", [Table(["x"], [["y"]] * page.FOLDED)])
     assert "details" not in page.html("all", [few])
