@@ -96,15 +96,17 @@ class Encoder(nn.Module, ABC):
     def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         """Features before the neck: frames `[B,3,H,W]`, normalised, to `[B,L,D]`."""
 
-    def forward(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
+    def forward(
+        self, frames: Tensor, depth: Tensor | None = None, norm: nn.Module | None = None
+    ) -> Tensor:
         """Frames `[B,3,H,W]`, floating point and normalised, to features `[B,L,D]`, row by row.
 
         `depth [B,branches]` (uniform in [0, 1), or `AS_EVALUATED`) fixes which branches training
-        drops; without it torch's generator does. Raises `UserError` when H or W is no multiple of
-        the patch.
+        drops; without it torch's generator does. `norm` goes to the neck. Raises `UserError` when H
+        or W is no multiple of the patch.
         """
         features = self.features(frames, depth)
-        return features if self.neck is None else self.neck(features)
+        return features if self.neck is None else self.neck(features, norm)
 
     def grid(self, frames: Tensor) -> tuple[int, int]:
         """Rows and columns of tokens for frames `[..., H, W]`.

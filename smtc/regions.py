@@ -19,7 +19,8 @@ _listener: Listener | None = None
 
 def region(name: str) -> AbstractContextManager[object]:
     """The block is part `name` of the step; nothing happens where nobody listens."""
-    if _listener is None or torch.compiler.is_compiling():
+    # In this order: a compiled function does not depend on who listens.
+    if torch.compiler.is_compiling() or _listener is None:
         return nullcontext()
     return _listener(name)
 

@@ -55,12 +55,9 @@ class Given(nn.Module):
         self.embeddings, self.shape = embeddings, grid
         self.frames = torch.empty(0)
 
-    def features(self, frames: Tensor) -> Tensor:
+    def forward(self, frames: Tensor, norm: nn.Module) -> Tensor:
         self.frames = frames
         return self.embeddings
-
-    def neck(self, features: Tensor, norm: nn.Module) -> Tensor:
-        return features
 
     def grid(self, frames: Tensor) -> tuple[int, int]:
         return self.shape

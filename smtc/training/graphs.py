@@ -22,9 +22,9 @@ Record = Callable[[Callable[[], Tensor], torch.cuda.Stream], Callable[[], Tensor
 
 def record(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> Callable[[], Tensor]:
     """`compute` as a graph; each call of the result replays it and gives the same tensor anew."""
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # Loaders and communication go on in threads of their own while this one records.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         kept = compute()
 
     def replay() -> Tensor:

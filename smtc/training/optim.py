@@ -46,11 +46,11 @@ def build_optimizer(
         }
         for (encoder, decays, _), names in members.items()
     ]
-    if apex:
-        return fused_adam(groups, config)
-    if capturable:
+    if apex or capturable:
         for group in groups:  # one each: groups without their own would share it
             group["lr"] = torch.full((), config.lr, device=group["params"][0].device)
+    if apex:
+        return fused_adam(groups, config)
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -137,11 +137,9 @@ class Update:
             gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
             found = [gradient for gradient in gradients if gradient is not None]
             torch._foreach_mul_(found, (self._clip_norm / (total + 1e-6)).clamp(max=1.0))
-        if self.scaler.is_enabled():
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        else:
-            gated_step(optimizer, skipped)
+        # Not the scaler's own step: apex would divide by the scale a second time.
+        gated_step(optimizer, skipped)
+        self.scaler.update()  # nothing unless fp16
         return norms, skipped
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from smtc.attention import backend_order
 from smtc.config import Config
+from smtc.errors import UserError
 from smtc.method import Method
 from smtc.pipelines.batch import Batch, Source
 from smtc.regions import region
@@ -68,6 +69,11 @@ class Step:
             clip_norm=config.optim.clip_norm,
         )
         graphs = config.train.cuda_graphs == "on"
+        if graphs and not method.capturable:
+            raise UserError(
+                f"--train.cuda-graphs on: {type(method).__name__} decides something on the host in "
+                "every step, which a recorded one would not do again; use off."
+            )
         self._stream = torch.cuda.Stream(world.device) if graphs else None
         self._graphed: Graphed | None = None
         self._trained: tuple[str, ...] = ()
@@ -132,6 +138,7 @@ class Step:
     def load_state_dict(self, state: dict[str, Any], step: int) -> None:
         """Go on at `step` with what `state_dict` gave; the method has its weights already."""
         self.enter(step)
+        self._graphed = None  # it would go on with the moments that it was recorded with
         moments = state.get("optimizer", {})
         if self.config.optim.impl == "apex":
             self._rebuild(self.method.trainable(step), moments)
@@ -167,7 +174,7 @@ class Step:
     def _compute(self, batches: Iterator[Batch], step: int) -> dict[str, Tensor]:
         """The whole update on `batches`: forward, backward, clipping, optimiser, momentum."""
         parts = self.config.train.accumulate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # apex's takes no argument; both set them to None
         statistics = [b for b in self.method.buffers() if b.is_floating_point()]
         former = [buffer.clone() for buffer in statistics]  # of batch norms; a ViT has none
         scalars: dict[str, Tensor] = {}
