@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smtc import compatibility
 from smtc.benchmarks import parity, report, step_tables, tables
 from smtc.benchmarks.blocks import UNMEASURED, Block, markdown
 from smtc.benchmarks.harness import write_whole
@@ -28,7 +29,8 @@ TABLES: dict[str, tuple[str, Callable[[Any], list[Block]]]] = {
     "scaling": ("scaling", step_tables.scaling_blocks),
     "profile": ("profile", step_tables.profile_blocks),
 }
-"""By name: the benchmark and what is shown. `kernels` is apart: it is also shown unmeasured."""
+"""By name: the benchmark and what is shown. `kernels` is apart, as it is also shown
+unmeasured, and so is `options`, which nothing measures."""
 
 
 def run(readme: Path, folder: Path | None = None) -> int:
@@ -68,12 +70,13 @@ def filled(text: str, found: dict[str, report.Report]) -> str:
 
 def content(name: str, found: dict[str, report.Report]) -> str:
     """What stands between the marks of a table."""
+    if name == "options":
+        return compatibility.table()
     if name == "kernels":
         return tables.summary(found["kernels"]["rows"] if name in found else []).markdown()
     if name not in TABLES:
-        raise ValueError(
-            f"there is no table {name!r}; there are {', '.join(sorted([*TABLES, 'kernels']))}."
-        )
+        known = sorted([*TABLES, "kernels", "options"])
+        raise ValueError(f"there is no table {name!r}; there are {', '.join(known)}.")
     benchmark, blocks = TABLES[name]
     (section,) = (section for section in report.SECTIONS if section.name == benchmark)
     shown = blocks(found[benchmark]["rows"]) if benchmark in found else []

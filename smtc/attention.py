@@ -29,7 +29,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, impl: str = "sdpa") -> Ten
     impl: "sdpa" (torch) or "xformers", which needs the package and a CUDA device.
     """
     if impl == "xformers":
-        return _xformers()(query, key, value)
+        return load_xformers()(query, key, value)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
@@ -41,23 +41,12 @@ def backend_order(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(list(ORDER), set_priority=True)
 
 
-def check_attention(impl: str, device: torch.device) -> None:
-    """Whether `impl` can run on `device`. Errors: `UserError` where it cannot."""
-    if impl != "xformers":
-        return
-    if device.type != "cuda":
-        raise UserError(
-            "--model.attention xformers needs a CUDA device: xformers has no kernel for CPUs; use "
-            "sdpa."
-        )
-    _xformers()
-
-
 @functools.cache
-def _xformers() -> Callable[..., Any]:
+def load_xformers() -> Callable[..., Any]:
+    """xformers' attention. Errors: `UserError` where the package is missing or broken."""
     try:
         return importlib.import_module("xformers.ops").memory_efficient_attention
-    except ImportError as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise UserError(
             f"--model.attention xformers: the package cannot be imported ({error}); "
             "pip install xformers in a version for this torch, or use sdpa."

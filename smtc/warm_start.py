@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smtc.backbones import build_encoder
+from smtc.backbones import Encoder, build_encoder
+from smtc.compatibility import check_settings
 from smtc.config import Config
 from smtc.errors import UserError
 from smtc.keyed_random import keyed_bits, keyed_uniform
@@ -36,14 +37,11 @@ class WarmStart(Method):
         super().__init__()
         if not config.model.backbone.neck:
             raise UserError("The warm start trains a neck; set model.backbone.neck to its width.")
-        if config.optim.encoder_from_step != 0:
-            raise UserError("The warm start trains the encoder; set optim.encoder-from-step to 0.")
+        check_settings(config, "warm_start")
         if config.init is not None or config.model.backbone.weights is not None:
             raise UserError(
                 "The warm start begins with random weights; leave out --init and weights."
             )
-        if config.data.spatial != "shared":
-            raise UserError("The warm start pairs places of two views; set data.spatial to shared.")
         self.config = config
         self.encoder = build_encoder(config.model.backbone, config.model.attention)
         self.norm = nn.BatchNorm1d(config.model.backbone.neck)
@@ -89,9 +87,14 @@ class WarmStart(Method):
         folded.neck.fold(self.norm)
         save_encoder(folded, folder)
 
+    def encoders(self) -> list[Encoder]:
+        """The one."""
+        return [self.encoder]
+
     def _embed(self, frames: Tensor) -> Tensor:
-        assert self.encoder.neck is not None
-        return self.encoder.neck(self.encoder.features(frames), self.norm)
+        # Called as a module, which is what `train.compile` compiles.
+        embeddings: Tensor = self.encoder(frames, norm=self.norm)
+        return embeddings
 
     def _grey(self, frames: Tensor, step: int) -> Tensor:
         """The whole batch without colour at some steps, so that texture has to do."""

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smtc import compatibility
 from smtc.config import Config
 from smtc.errors import UserError
-from smtc.kernels.dispatch import obstacle
 from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.clips import Schedule
@@ -69,7 +69,7 @@ def train(config: Config, method: Method | None = None) -> Run:
     folder.
     """
     with joined(pick_device(config.train.device), config.train.timeout) as world:
-        check_implementation(config.model.impl, world.device)
+        compatibility.check(config, world.device, world.size)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         folder = check_run_folder(config)
@@ -99,13 +99,6 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def check_implementation(impl: str, device: torch.device) -> None:
-    """Whether `model.impl` can run on `device`. Errors: `UserError` where it cannot."""
-    reason = obstacle(device) if impl == "triton" else None
-    if reason is not None:
-        raise UserError(f"--model.impl triton {reason}; use auto or eager.")
 
 
 class Trainer:
