@@ -191,7 +191,16 @@ def measure(function: Callable[[], object], device: str = "cpu", *, seconds: flo
 def interleaved(
     functions: Mapping[str, Callable[[], object]], device: str = "cpu", *, seconds: float = 0.5
 ) -> dict[str, Timing]:
-    """Time several functions in turn, a call of each a round, so that drift meets all alike.
+    """Time several functions in turn; see `interleaved_times`."""
+    found = interleaved_times(functions, device, seconds=seconds)
+    return {name: timing(times) for name, times in found.items()}
+
+
+def interleaved_times(
+    functions: Mapping[str, Callable[[], object]], device: str = "cpu", *, seconds: float = 0.5
+) -> dict[str, list[float]]:
+    """Milliseconds of calls of several functions, a call of each a round, so that drift of the
+    machine meets all alike and times of one round may be compared.
 
     A first call of each is not counted. On a GPU the caches are flushed and the device is idle
     before each call, so the host's share (checks, launches) is part of the time; time a `captured`
@@ -214,7 +223,7 @@ def interleaved(
             break
         for name, function in functions.items():
             found[name].append(once(function))
-    return {name: timing(times) for name, times in found.items()}
+    return found
 
 
 def _once_on_cpu(function: Callable[[], object]) -> float:

@@ -30,6 +30,7 @@ from smtc.method import (
     TEACHER_NOISE_STREAM,
 )
 from smtc.pipelines.batch import Batch
+from smtc.regions import region
 from smtc.training.optim import learning_rate
 
 FAULTS = {
@@ -112,10 +113,17 @@ class PlainStep:
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """One whole update: the scalars loss, alignment, regularisation and instance."""
-        found = self.losses(self.student(batch, step), self.teacher(batch), step)
-        self.backward(found)
-        self.optimiser(step)
-        self.ema()
+        with region("student"):
+            student = self.student(batch, step)
+        with region("teacher"):
+            teacher = self.teacher(batch)
+        found = self.losses(student, teacher, step)
+        with region("backward"):
+            self.backward(found)
+        with region("optimiser"):
+            self.optimiser(step)
+        with region("ema"):
+            self.ema()
         return {name: value.detach() for name, value in found.items()}
 
     def student(self, batch: Batch, step: int) -> Found:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from smtc.benchmarks.plain_model import Found
 from smtc.config import ObjectiveConfig
 from smtc.kernels import eager
+from smtc.regions import region
 
 MASK_DELTA = 1e-8
 
@@ -40,19 +41,21 @@ def losses(
     `with_instances=False` leaves the instance loss out. The switches are the reliefs of `plain.py`.
     """
     mask_losses = batched_mask_losses if batched_pairs else looped_mask_losses
-    alignment, regularisation = mask_losses(
-        student.semantic_logits, teacher_masks(teacher, config), teacher.features, config
-    )
+    with region("alignment"):  # and, read from the same masks, the regularisation
+        alignment, regularisation = mask_losses(
+            student.semantic_logits, teacher_masks(teacher, config), teacher.features, config
+        )
     instance = torch.zeros_like(alignment)
     if with_instances:
-        instance = instance_consistency(
-            student.embeddings,
-            teacher.embeddings,
-            valid_instances(student, config),
-            valid_instances(teacher, config),
-            config,
-            match_batched if batched_assignment else match_one_by_one,
-        )
+        with region("instance"):
+            instance = instance_consistency(
+                student.embeddings,
+                teacher.embeddings,
+                valid_instances(student, config),
+                valid_instances(teacher, config),
+                config,
+                match_batched if batched_assignment else match_one_by_one,
+            )
     loss = config.alignment_weight * alignment + config.regularisation_weight * regularisation
     loss = loss + config.instance_weight * instance
     return {

@@ -13,12 +13,12 @@ mathematics: encoder, slots and losses, backward, clipping, AdamW and teacher.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smtc import SMTC, presets
 from smtc.benchmarks.plain import PlainStep
@@ -135,23 +135,34 @@ class Provider:
         torch.manual_seed(SEED)
         if self.plain:
             weights = SMTC(config.model).state_dict()
-            return Running(PlainStep(config, weights, device, self.faults, self.reliefs))
+            plain = PlainStep(config, weights, device, self.faults, self.reliefs)
+            return Running(plain, plain.student_network.parameters())
         method = SMTCMethod(config).to(device).train()
         step = Step(method, config, World(torch.device(device)))
         parts = config.train.accumulate
-        return Running(lambda batch, number: step(iter([batch] * parts), number).scalars)
+        return Running(
+            lambda batch, number: step(iter([batch] * parts), number).scalars, method.parameters()
+        )
 
 
 class Running:
     """A provider at work: each call is one more update."""
 
-    def __init__(self, update: Callable[[Batch, int], dict[str, Tensor]]) -> None:
+    def __init__(
+        self, update: Callable[[Batch, int], dict[str, Tensor]], trained: Iterable[nn.Parameter]
+    ) -> None:
         self._update = update
+        self._trained = list(trained)
         self._count = itertools.count()
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """One update on `batch`; its losses, on the device."""
         return self._update(batch, next(self._count))
+
+    def forget_gradients(self) -> None:
+        """Free what the last update left, so that the next one's memory is counted whole."""
+        for parameter in self._trained:
+            parameter.grad = None
 
 
 _BF16 = {"train.precision": "bf16"}

@@ -268,15 +268,25 @@ def mask_losses(logits: Tensor, targets: Tensor, *, delta: float = 1e-8) -> tupl
     return _MaskLosses.apply(*upcast(logits, targets), delta)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # a compiler would make the table in each call
 def _permutations(size: int, device: torch.device) -> Tensor:
     """All permutations `[P!,P]` in lexicographic order."""
+    return _cached_permutations(size, device)
+
+
+@functools.cache
+def _cached_permutations(size: int, device: torch.device) -> Tensor:
     return torch.tensor(list(itertools.permutations(range(size))), device=device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _subset_steps(size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """A row's free columns `[S,P-r]` for each set of r taken ones, and the sets they lead to."""
+    return _cached_subset_steps(size, device)
+
+
+@functools.cache
+def _cached_subset_steps(size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     steps = []
     for row in range(size):
         states = list(itertools.combinations(range(size), row))

@@ -78,6 +78,118 @@ class _BenchData:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _BenchStep:
+    """Time a whole training step for each provider, beside the paper's equations taken literally.
+
+    Prints tables and writes step.json. One case without flags, in at most ten minutes.
+    """
+
+    output: Path
+    """The folder for the results."""
+    preset: str = "fixed"
+    """Whose settings a step has, but that its encoder learns and all losses count."""
+    sizes: tuple[int, ...] = (256,)
+    """Positions L: 256, 1024, 1500, or a square."""
+    clips: tuple[int, ...] = ()
+    """Clips a batch; 32 when not given, on a CPU 2."""
+    providers: tuple[str, ...] = ()
+    """Of plain, eager-fp32, eager-bf16, compile, triton, triton+compile, triton+graphs; all that
+    can run here when not given."""
+    ablation: bool = False
+    """Also measure what single changes are worth."""
+    seconds: float = 10.0
+    """How long to repeat each provider's step, about."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchMemory:
+    """Measure the memory of a step at many sizes, fit a law to it and say what fits.
+
+    Prints tables and writes memory.json. Takes about five minutes on two cores.
+    """
+
+    output: Path
+    """The folder for the results."""
+    preset: str = "fixed"
+    """Whose settings a step has, but that its encoder learns and all losses count."""
+    providers: tuple[str, ...] = ()
+    """Of plain, eager-fp32, eager-bf16, eager-bf16+recompute (activations are computed again),
+    compile, triton, triton+compile; all that can run here, but those that compile, when not
+    given."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchQuality:
+    """Train the preset tiny in fp32 and in the fastest form, over seeds, and compare the scores.
+
+    Prints tables and writes quality.json, where what was there of the same settings is kept: a
+    benchmark that was stopped goes on. Takes about half an hour on two cores.
+    """
+
+    output: Path
+    """The folder for the results, and for the runs under quality/."""
+    seeds: int = 5
+    """So many, from 0."""
+    steps: int = 500
+    """Of SMTC."""
+    warm_steps: int = 700
+    """Of the encoder's warm start, which both forms share."""
+    data: Path = Path("data/synthetic")
+    """With train/ and val/, which are written where they are missing."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchScaling:
+    """Time steps on 1, 2, 4, … processes of this machine: weak and strong scaling.
+
+    Prints tables and writes scaling.json. Takes about a minute on two cores.
+    """
+
+    output: Path
+    """The folder for the results."""
+    preset: str | None = None
+    """Whose settings a step has; fixed when not given, on a CPU tiny."""
+    size: int | None = None
+    """Positions L; 256 when not given, on a CPU 64."""
+    provider: str | None = None
+    """Of the providers of a step but plain; triton when not given, on a CPU eager-fp32."""
+    ranks: tuple[int, ...] = ()
+    """Numbers of processes; 1 2 4 … up to the GPUs, or cores, when not given."""
+    clips: int | None = None
+    """Of one process alone; 32 when not given, on a CPU 8."""
+    seconds: float = 5.0
+    """How long to repeat a step, about."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BenchProfile:
+    """Record a few steps: a Chrome trace, the operators or kernels that take longest, the gaps.
+
+    Writes trace.json.gz (for ui.perfetto.dev) and profile.json, and prints tables.
+    """
+
+    output: Path
+    """The folder for the results."""
+    preset: str = "fixed"
+    """Whose settings a step has, but that its encoder learns and all losses count."""
+    size: int = 256
+    """Positions L: 256, 1024, 1500, or a square."""
+    clips: int | None = None
+    """Clips a batch; 32 when not given, on a CPU 1."""
+    provider: str | None = None
+    """Of the providers of a step; triton when not given, on a CPU eager-bf16."""
+    steps: int = 3
+    """Recorded, after those that warm up."""
+    top: int = 20
+    """Kernels and gaps shown."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class _BenchTune(_Bench):
     """Search for faster launch options on a GPU and print rows for kernels/tuning.py."""
 
@@ -153,6 +265,46 @@ def _bench_static(arguments: list[str]) -> None:
     sys.exit(static.run(**vars(settings)))
 
 
+def _bench_step(arguments: list[str]) -> None:
+    """time a whole training step against the literal one"""
+    settings = parse(_BenchStep, "bench step", arguments)
+    from smtc.benchmarks import step
+
+    sys.exit(step.run(**vars(settings)))
+
+
+def _bench_memory(arguments: list[str]) -> None:
+    """memory of a step by size, and what fits"""
+    settings = parse(_BenchMemory, "bench memory", arguments)
+    from smtc.benchmarks import memory
+
+    sys.exit(memory.run(**vars(settings)))
+
+
+def _bench_quality(arguments: list[str]) -> None:
+    """whether the fastest training scores as well as fp32"""
+    settings = parse(_BenchQuality, "bench quality", arguments)
+    from smtc.benchmarks import quality
+
+    sys.exit(quality.run(**vars(settings)))
+
+
+def _bench_scaling(arguments: list[str]) -> None:
+    """steps on several processes"""
+    settings = parse(_BenchScaling, "bench scaling", arguments)
+    from smtc.benchmarks import scaling
+
+    sys.exit(scaling.run(**vars(settings)))
+
+
+def _bench_profile(arguments: list[str]) -> None:
+    """a trace of a step, its longest operators and its gaps"""
+    settings = parse(_BenchProfile, "bench profile", arguments)
+    from smtc.benchmarks import profiling
+
+    sys.exit(profiling.run(**vars(settings)))
+
+
 def _bench_tune(arguments: list[str]) -> None:
     """search for faster launch options on a GPU"""
     settings = parse(_BenchTune, "bench tune", arguments)
@@ -195,6 +347,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "bench static": _bench_static,
     "bench tune": _bench_tune,
     "bench data": _bench_data,
+    "bench step": _bench_step,
+    "bench memory": _bench_memory,
+    "bench quality": _bench_quality,
+    "bench scaling": _bench_scaling,
+    "bench profile": _bench_profile,
     "bench report": _bench_report,
     "bench compare": _bench_compare,
 }

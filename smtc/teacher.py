@@ -37,11 +37,11 @@ class Teacher(nn.Module):
 
         Nothing changes where `skipped` (bool `[]`, on the device).
         """
-        share = 1 - self.config.momentum
         mine = self._followed(self.model.named_parameters())
-        ahead = torch._foreach_sub(self._followed(student.named_parameters()), mine)
-        torch._foreach_mul_(ahead, share if skipped is None else share * (~skipped).float())
-        torch._foreach_add_(mine, ahead)
+        theirs = self._followed(student.named_parameters())
+        if mine:
+            share = torch.full((), 1 - self.config.momentum, device=mine[0].device)
+            _lerp(mine, theirs, share if skipped is None else share * ~skipped)
         mine = self._followed(self.model.named_buffers())
         theirs = self._followed(student.named_buffers())
         for own, other in zip(mine, theirs, strict=True):
@@ -50,3 +50,15 @@ class Teacher(nn.Module):
     def _followed(self, named: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         everything = self.config.scope == "all"
         return [value for name, value in named if everything or not name.startswith("encoder.")]
+
+
+def _lerp(mine: list[Tensor], theirs: list[Tensor], share: Tensor) -> None:
+    """`mine += share · (theirs − mine)`; share is `[]`, on the device."""
+    if share.device.type == "cpu":
+        for own, other in zip(mine, theirs, strict=True):
+            own.lerp_(other, share.to(own.dtype))  # one pass over memory, nothing between
+        return
+    # torch has no multi-tensor lerp whose weight is one number on the device.
+    ahead = torch._foreach_sub(theirs, mine)
+    torch._foreach_mul_(ahead, share)
+    torch._foreach_add_(mine, ahead)
