@@ -48,7 +48,7 @@ bench: .venv/ready  ## errors and times of the operations on this machine, as ta
 	$(BIN)/smtc bench kernels --output build/bench
 	$(BIN)/smtc bench report build/bench
 
-gpu-check:  ## PART=tests|kernels|data on a machine with a GPU, at most 8 minutes; results in $$OUT or build/gpu-check
+gpu-check:  ## PART=tests|kernels|step|data on a machine with a GPU, at most 8 minutes; results in $$OUT or build/gpu-check
 	@$(PYTHON) benchmarks/gpu_check.py $(PART)
 
 clean:  ## remove what the targets made, except data/ and runs/

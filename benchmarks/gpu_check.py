@@ -1,4 +1,4 @@
-"""What a machine with a GPU is asked: `make gpu-check PART=tests|kernels|data`.
+"""What a machine with a GPU is asked: `make gpu-check PART=tests|kernels|step|data`.
 
 Runs as a plain script: it installs this package alone (no network) and starts each step as a
 process with a time limit, so that a part ends within 8 minutes whatever hangs. Results go to the
@@ -27,8 +27,12 @@ BENCH = """
 import sys, time
 from pathlib import Path
 from smtc.benchmarks import {module}
-sys.exit({module}.run(Path(sys.argv[1]), device="cuda", deadline=time.monotonic() + {seconds}))
+options = {options}
+deadline = time.monotonic() + {seconds}
+sys.exit({module}.run(Path(sys.argv[1]), device="cuda", deadline=deadline, **options))
 """
+OPTIONS = {"step": {"sizes": (256, 1024, 1500), "ablation": True, "seconds": 3.0}}
+"""Arguments of a part's benchmark, beside the folder."""
 REPORT = """
 import sys
 from pathlib import Path
@@ -51,7 +55,7 @@ def steps(part: str, folder: Path) -> list[Step]:
     # The tests' common conftest imports the command line, whose packages may be missing there.
     pytest = ["-m", "pytest", "tests/kernels/test_on_gpu.py", "--confcutdir=tests/kernels", "-ra"]
     clips = ["-m", "pytest", "tests/pipelines/test_dali_on_gpu.py", "-ra"]
-    bench = ["-c", BENCH, str(folder)]
+    bench = ["-c", BENCH.replace("{options}", repr(OPTIONS.get(part, {}))), str(folder)]
     if part == "tests":
         # First what writes row by row; what it compiles the tests then find in Triton's cache.
         return [Step("parity", bench, 0.5), Step("tests", pytest, 1.0)]
@@ -61,7 +65,7 @@ def steps(part: str, folder: Path) -> list[Step]:
     return [Step(part, bench, 0.95), Step("report", ["-c", REPORT, str(folder)], 1.0)]
 
 
-PARTS = ("tests", "kernels", "data")
+PARTS = ("tests", "kernels", "step", "data")
 
 
 def main(arguments: list[str]) -> int:

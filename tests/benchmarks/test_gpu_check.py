@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_an_unknown_part_ends_in_a_sentence() -> None:
-    command = ["make", "--silent", "gpu-check", "PART=step", f"PYTHON={sys.executable}"]
+    command = ["make", "--silent", "gpu-check", "PART=stop", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "'step' is no part; say make gpu-check PART=tests|kernels|data" in done.stderr
+    assert "'stop' is no part; say make gpu-check PART=tests|kernels|step|data" in done.stderr
 
 
 def test_without_a_gpu_nothing_is_installed(
@@ -84,7 +84,7 @@ import sys
 for name in ("tyro", "nvidia.dali", "av", "timm", "tensorboard", "torch.utils.tensorboard"):
     sys.modules[name] = None
 from smtc import presets
-from smtc.benchmarks import data, kernels, parity, report
+from smtc.benchmarks import data, kernels, parity, report, step
 from smtc.method import SMTCMethod
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
