@@ -106,7 +106,9 @@ class SlotAttention(nn.Module):
         if self.gru is None:
             slots = slots + update
         else:
-            flat = self.gru(update.flatten(0, 2), slots.flatten(0, 2))
+            # On CUDA autocast would round the state to 16 bits in each iteration.
+            with torch.autocast(slots.device.type, enabled=False):
+                flat = self.gru(update.flatten(0, 2).to(slots.dtype), slots.flatten(0, 2))
             slots = flat.unflatten(0, slots.shape[:3])
         return slots + self.mlp(self.norm_pre_ff(slots)), logits
 

@@ -205,3 +205,21 @@ def test_slot_similarity() -> None:
     torch.testing.assert_close(
         slot_similarity(semantic, instances), torch.tensor([[[[1.0, 0.0, -1.0, 0.5**0.5]]]])
     )
+
+
+@pytest.mark.parametrize("update", ["residual", "gru"])
+def test_the_state_stays_fp32_under_autocast(update: str) -> None:
+    """In each iteration, and the GRU computes in fp32 (CUDA's autocast would have it in bf16)."""
+    attention = build(update=update)
+    states: list[torch.dtype] = []
+    inside: list[bool] = []
+    attention.norm_slots.register_forward_pre_hook(lambda _, given: states.append(given[0].dtype))
+    if attention.gru is not None:
+        attention.gru.register_forward_hook(
+            lambda *_: inside.append(torch.is_autocast_enabled("cpu"))
+        )
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        outputs = attention(*inputs(), iterations=3)
+    assert states == [torch.float32] * 6  # three iterations of both stages
+    assert all(output.dtype == torch.float32 for output in outputs)
+    assert inside == ([False] * 6 if update == "gru" else [])
