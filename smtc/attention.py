@@ -41,6 +41,21 @@ def backend_order(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(list(ORDER), set_priority=True)
 
 
+def try_xformers(device: torch.device, dtype: torch.dtype) -> None:
+    """One small call. Errors: `UserError` where the package cannot do it: it can be imported, with
+    a warning, even if it was built for another torch and has no kernel at all.
+    """
+    attention = load_xformers()
+    probe = torch.zeros(1, 16, 1, 64, device=device, dtype=dtype)
+    try:
+        attention(probe, probe, probe)
+    except NotImplementedError as error:
+        raise UserError(
+            f"--model.attention xformers: the installed xformers has no kernel for {dtype} on "
+            f"{device.type}; install one that was built for torch {torch.__version__}, or use sdpa."
+        ) from error
+
+
 @functools.cache
 def load_xformers() -> Callable[..., Any]:
     """xformers' attention. Errors: `UserError` where the package is missing or broken."""

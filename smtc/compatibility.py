@@ -144,7 +144,8 @@ def check(config: Config, device: torch.device, processes: int = 1) -> None:
     if reason is not None:
         raise UserError(f"--model.impl triton {reason}; use auto or eager.")
     if config.model.attention == "xformers":
-        attention.load_xformers()
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        attention.try_xformers(device, low.get(config.train.precision, torch.float32))
     if config.optim.impl == "apex":
         load_fused_adam()
 

@@ -101,6 +101,19 @@ def test_a_package_that_is_missing_is_refused_on_a_gpu(
         compatibility.check(config, torch.device("cuda"))
 
 
+def test_an_xformers_that_was_built_for_another_torch_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It can be imported, with a warning, and fails at its first call."""
+
+    def built_for_another(*_: object) -> None:
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+
+    monkeypatch.setattr(compatibility.attention, "load_xformers", lambda: built_for_another)
+    with pytest.raises(UserError, match=r"has no kernel for torch\.bfloat16 on cpu; .* use sdpa"):
+        compatibility.attention.try_xformers(CPU, torch.bfloat16)
+
+
 def test_every_preset_is_allowed() -> None:
     for name in presets.PRESETS:
         compatibility.check(presets.get(name), CPU, processes=2)
