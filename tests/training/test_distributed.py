@@ -13,10 +13,14 @@ import pytest
 import torch
 from commands import train_flags
 from safetensors.torch import load_file
+from stepping import clips, settings
+from torch.nn.parallel import DistributedDataParallel
 
+from smtc.method import SMTCMethod
 from smtc.training import distributed
 from smtc.training.checkpoint import latest_checkpoint
 from smtc.training.distributed import Agreement, Heartbeat, World, joined
+from smtc.training.step import Step
 from smtc.training.telemetry import read_metrics
 
 # Everything that is random, all three losses, and both changes of phase.
@@ -87,6 +91,34 @@ def test_accumulated_batches_are_one_big_batch(
 def test_both_together(whole: Path, synthetic_data: Path, tmp_path: Path) -> None:
     parts = ["--train.batch", 1, "--train.accumulate", 2]
     run(smtc(*train_flags(synthetic_data, tmp_path / "run", *LIVELY, *parts), ranks=2))
+    assert_close(whole, tmp_path / "run")
+
+
+TRACED = """
+import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # generates no code
+from smtc import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [("encoder", 1), pytest.param("model", 1, marks=pytest.mark.slow), ("encoder", 2)],
+)
+def test_two_processes_may_compile(
+    whole: Path, synthetic_data: Path, tmp_path: Path, kind: str, parts: int
+) -> None:
+    """Over both changes of phase, each of which makes torch's wrapper anew."""
+    file = tmp_path / "traced.py"
+    file.write_text(TRACED, encoding="utf-8")
+    more = ["--train.batch", 2 // parts, "--train.accumulate", parts, "--train.compile", kind]
+    flags = [*LIVELY, *more, "--train.checkpoint-activations"]
+    command = [str(flag) for flag in train_flags(synthetic_data, tmp_path / "run", *flags)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    said = run([*launcher, "--nproc-per-node=2", str(file), *command])
+    assert f"The first steps compile the {kind}" in said
+    assert "recompile_limit" not in said
     assert_close(whole, tmp_path / "run")
 
 
@@ -182,6 +214,23 @@ def test_one_process_of_torchrun_joins_and_leaves(monkeypatch: pytest.MonkeyPatc
         assert torch.distributed.is_initialized()
         assert (world.rank, world.size) == (0, 1)
     assert not torch.distributed.is_initialized()
+
+
+def test_every_step_sends_all_gradients_but_parts_of_one_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with joined(torch.device("cpu")):
+        for parts, static in ((1, True), (2, False)):
+            config = settings(train__accumulate=parts)
+            stepper = Step(SMTCMethod(config).train(), config, World(torch.device("cpu"), size=2))
+            for step in range(3):
+                assert not stepper(clips(config, step), step).skipped
+                assert isinstance(stepper.forward, DistributedDataParallel)
+                assert stepper.forward.static_graph == static
 
 
 def free_port() -> int:

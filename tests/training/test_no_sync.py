@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import trace_only
 from torch import Tensor
 from toy import Line, TinyConfig, with_output
 
@@ -137,11 +138,23 @@ LIVE = {"objective__instance_from_step": 3, "objective__area": 0.0, "objective__
         {"train__precision": "bf16", "train__accumulate": 2},
         {"train__precision": "fp16", "optim__clip_norm": None},
         {"data__spatial": "independent", "data__augment__crop": (0.5, 1.0)},
+        LIVE | {"train__checkpoint_activations": True, "optim__encoder_from_step": 6},
+        LIVE | {"train__compile": "encoder", "optim__encoder_from_step": 6},
     ],
-    ids=["tiny", "live", "paper", "released", "bf16", "fp16", "independent"],
+    ids=[
+        *("tiny", "live", "paper", "released", "bf16", "fp16", "independent"),
+        *("recomputed", "compiled"),
+    ],
 )
-def test_smtc(tiny_config: TinyConfig, tmp_path: Path, waits: Waits, more: dict[str, Any]) -> None:
+def test_smtc(
+    tiny_config: TinyConfig,
+    tmp_path: Path,
+    waits: Waits,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+) -> None:
     """Steps 4, 8 and 12 draw a picture, 5, 10 and the last are logged."""
+    trace_only(monkeypatch)  # what is compiled, if anything
     train(with_output(tiny_config, tmp_path / "run", **settings(**more)))
     assert_free(waits, {4, 5, 8, 10, 12})
 

@@ -322,6 +322,29 @@ def test_a_step_computes_within_its_numerics(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == ["high"]
 
 
+@pytest.mark.parametrize("scope", ["all", "head"])
+def test_the_teacher_follows_as_a_loop_over_values_says(scope: str) -> None:
+    """At every step but the one that is left out."""
+    config = settings(teacher__momentum=0.75, teacher__scope=scope, optim__encoder_lr=1.0)
+    trace = built(config)
+    student, teacher = trace.method.student, trace.method._teacher_model()
+    expected = {n: p.detach().double().clone() for n, p in teacher.named_parameters()}
+    for step in range(5):
+        batches = list(clips(config, step))
+        if step == 3:
+            batches[0].views[0] = float("nan")
+        assert bool(trace.stepper(iter(batches), step).skipped) == (step == 3)
+        for name, parameter in student.named_parameters():
+            if step != 3 and (scope == "all" or not name.startswith("encoder.")):
+                expected[name] = 0.75 * expected[name] + 0.25 * parameter.detach().double()
+    for name, parameter in teacher.named_parameters():
+        torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-7)
+    moved = teacher.encoder.get_parameter(
+        "patch_embed.proj.weight"
+    ) - student.encoder.get_parameter("patch_embed.proj.weight")
+    assert moved.abs().max() > 0
+
+
 def test_graphs_need_a_method_that_decides_nothing_on_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
