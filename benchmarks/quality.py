@@ -113,7 +113,7 @@ class _Bench:
         assert config.output is not None
         found = model_row(load_model(config.output), held_out, str(provider))
         scores = {metric: round(found[metric], 5) for metric in METRICS}
-        self.report.add(same | scores | {"seconds": round(seconds(config), 1)})
+        self.report.add(same | scores | {"seconds": round(seconds(config), 3)})
 
     def _config(self, seed: int, provider: str) -> Config:
         """Of SMTC on the seed's warm start, which is trained first where it is not."""

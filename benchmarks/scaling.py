@@ -79,7 +79,7 @@ def run(
     on_gpu = device == "cuda"
     case = Case(
         preset or ("fixed" if on_gpu else "tiny"),
-        size or (256 if on_gpu else 64),
+        (256 if on_gpu else 64) if size is None else size,
         (32 if on_gpu else 8) if clips is None else clips,
     )
     provider = provider or ("triton" if on_gpu else "eager-fp32")
