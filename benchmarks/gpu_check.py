@@ -54,11 +54,14 @@ def steps(part: str, folder: Path) -> list[Step]:
     """The steps of a part, the most important first."""
     # The tests' common conftest imports the command line, whose packages may be missing there.
     pytest = ["-m", "pytest", "tests/kernels/test_on_gpu.py", "--confcutdir=tests/kernels", "-ra"]
+    stepping = ["-m", "pytest", "tests/training/test_step_on_gpu.py", "-ra"]
+    stepping += ["--confcutdir=tests/training", "-o", "pythonpath=tests"]
     clips = ["-m", "pytest", "tests/pipelines/test_dali_on_gpu.py", "-ra"]
     bench = ["-c", BENCH.replace("{options}", repr(OPTIONS.get(part, {}))), str(folder)]
     if part == "tests":
         # First what writes row by row; what it compiles the tests then find in Triton's cache.
-        return [Step("parity", bench, 0.5), Step("tests", pytest, 1.0)]
+        tests = [Step("tests", pytest, 0.6), Step("stepping", stepping, 1.0)]
+        return [Step("parity", bench, 0.4), *tests]
     if part == "data":
         bench_and_tests = [Step("clips", clips, 0.3), Step(part, bench, 0.9)]
         return [*bench_and_tests, Step("report", ["-c", REPORT, str(folder)], 1.0)]
