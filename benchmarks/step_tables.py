@@ -33,7 +33,7 @@ ON_GPU = ("triton", "triton+compile", "triton+graphs")
 """Providers of a step that a CPU cannot run."""
 SIZES = ("L", "B", "T", "N")
 """Positions, clips, frames and slots of a step."""
-NO_SCORES = ("seed", "steps", "kind", "repeats", "threads", "n")
+NO_SCORES = ("seed", "steps", "kind", "repeats", "threads", "n", "seconds")
 """Numbers of a run that are none of its scores."""
 
 
