@@ -26,14 +26,22 @@ class Errors:
 
 
 def errors(
-    what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float
+    what: str,
+    actual: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    factor: float,
+    size: float = 1.0,
 ) -> Errors:
-    """Compare with `factor` times the tolerance of `dtype`; not finite is infinitely far."""
+    """Compare with `factor` times the tolerance of `dtype`; not finite is infinitely far.
+
+    size: of the terms that are summed, which may cancel.
+    """
     if actual.shape != expected.shape:
         raise AssertionError(f"{what}: shape {list(actual.shape)}, not {list(expected.shape)}")
     tolerance = factor * TOLERANCE[dtype]
-    # Where the exact answer is zero (one slot, one frame) rounding of terms of size 1 may remain.
-    floor = 1e-6 if dtype != torch.float64 else 1e-14
+    # Where the exact answer is zero (one slot, one frame) the terms' rounding may remain.
+    floor = size * (1e-6 if dtype != torch.float64 else 1e-14)
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not torch.isfinite(actual).all():
         return Errors(what, float("inf"), float("inf"))
@@ -111,11 +119,13 @@ def against_oracle(
     for gradient in gradients:
         if gradient.dtype != dtype:
             raise AssertionError(f"a gradient has dtype {gradient.dtype}, not {dtype}")
+    # A cost is divided by ε, and its gradient with it.
+    size = max(1.0, 1 / settings["epsilon"]) if op == "sinkhorn" else 1.0
     return [
         errors(f"output {k}", actual, expected, dtype, factor)
         for k, (actual, expected) in enumerate(zip(outputs, true_outputs, strict=True))
     ] + [
-        errors(f"gradient {k}", actual, expected, dtype, factor)
+        errors(f"gradient {k}", actual, expected, dtype, factor, size)
         for k, actual, expected in zip(wanted, gradients, true_gradients, strict=True)
     ]
 
