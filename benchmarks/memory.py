@@ -303,8 +303,8 @@ def held_and_peak(provider: Provider, case: Case, device: str) -> tuple[float, f
 
 
 def held_memory(device: str) -> float:
-    """Megabytes of all tensors; on a CPU those that Python's garbage collector can see, and their
-    gradients, each storage once.
+    """Megabytes of all tensors; on a CPU those that Python's garbage collector can see, each
+    storage once.
     """
     gc.collect()
     if device == "cuda":
@@ -312,9 +312,7 @@ def held_memory(device: str) -> float:
         return torch.cuda.memory_allocated() / MEGABYTE
     storages: dict[int, int] = {}
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor) and found.device.type == "cpu" and not found.is_sparse:
-            for tensor in (found, found.grad if found.is_leaf else None):
-                if tensor is not None and type(tensor) in (Tensor, torch.nn.Parameter):
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
+        if type(found) in (Tensor, torch.nn.Parameter) and found.device.type == "cpu":
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) / MEGABYTE

@@ -114,6 +114,7 @@ def test_both_forms_start_from_one_warm_start(small: None, tmp_path: Path, data:
     bench = quality._Bench(tmp_path, "cpu", 2, 2, data)
     first, second = (bench._config(3, form) for form in FORMS)
     assert first.init == second.init and first.output != second.output
+    assert first.init is not None and (Path(first.init) / "model").is_dir()
     assert first.train.seed == second.train.seed == 3
     assert (first.train.precision, second.train.precision) == ("bf16", "fp32")
     assert changed(first, {"output": None, "train.precision": "fp32"}) == changed(

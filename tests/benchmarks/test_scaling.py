@@ -7,21 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from smtc.benchmarks import scaling
-from smtc.benchmarks.harness import read_report
+from smtc.benchmarks import scaling, scaling_worker
+from smtc.benchmarks.harness import FEWEST, read_report
 from smtc.benchmarks.scaling import (
     communication,
     default_ranks,
+    free_port,
     gradient_bytes,
     jobs,
     launched,
     ring_bytes,
 )
-from smtc.benchmarks.scaling_worker import Job
+from smtc.benchmarks.scaling_worker import REDUCTIONS, Job
 from smtc.benchmarks.step_providers import Case
 from smtc.errors import UserError
 from smtc.method import SMTCMethod
+from smtc.training.distributed import World, joined
 
 QUICK = ("--device", "cpu", "--size", 4, "--clips", 2, "--seconds", 0.01)
 TINY = Job("tiny", 4, 1, "eager-fp32", "cpu", 1, 0.01)
@@ -116,6 +120,28 @@ def test_two_processes_are_timed(
     assert all(0 <= row["hidden_share"] <= 1 and row["all_reduce_ms"] > 0 for row in timed[2:])
     whole = gradient_bytes(Case("tiny", 4, 1), 0)
     assert [sum(found.get("buckets", [])) for found in everything] == [0, whole, whole]
+
+
+def test_the_step_alone_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that is told it is one of two."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    made: list[scaling_worker._Running] = []
+    make = scaling_worker._step
+
+    def kept(case: Case, provider: str, world: World) -> scaling_worker._Running:
+        made.append(make(case, provider, world))
+        return made[-1]
+
+    monkeypatch.setattr(scaling_worker, "_step", kept)
+    with joined(torch.device("cpu")) as world:
+        found = scaling_worker.measure(TINY, World(world.device, 0, 2))
+        sending = [isinstance(own.step.forward, DistributedDataParallel) for own in made]
+    assert sending == [True, False]
+    assert [len(times) for times in found["times"].values()] == [FEWEST, FEWEST, REDUCTIONS]
+    first, second = (own.step.method.state_dict() for own in made)
+    torch.testing.assert_close(first, second)
 
 
 def test_a_process_that_fails_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
