@@ -2,6 +2,8 @@
 tests train with all follow from it.
 """
 
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -138,8 +140,7 @@ def check(config: Config, device: torch.device, processes: int = 1) -> None:
     """Whether a run with these settings can start. Errors: `UserError` with the first rule broken,
     or with what the machine lacks for a choice.
     """
-    chosen = _chosen(config) | {DEVICE: device.type, PROCESSES: processes}
-    _refuse(chosen)
+    _refuse(chosen(config) | {DEVICE: device.type, PROCESSES: processes})
     reason = obstacle(device) if config.model.impl == "triton" else None
     if reason is not None:
         raise UserError(f"--model.impl triton {reason}; use auto or eager.")
@@ -148,23 +149,29 @@ def check(config: Config, device: torch.device, processes: int = 1) -> None:
         attention.try_xformers(device, low.get(config.train.precision, torch.float32))
     if config.optim.impl == "apex":
         load_fused_adam()
+    compiler = os.environ.get("CXX", "g++")  # what torch asks for
+    if config.train.compile != "none" and device.type == "cpu" and not shutil.which(compiler):
+        raise UserError(
+            f"--train.compile {config.train.compile} needs the C++ compiler {compiler}, which is "
+            "not there; install one, name yours in the environment variable CXX, or use none."
+        )
 
 
 def check_settings(config: Config, method: str) -> None:
     """The rules about settings alone, for `method`. Errors: `UserError`."""
-    _refuse(_chosen(replace(config, method=method)))  # type: ignore[arg-type]
+    _refuse(chosen(replace(config, method=method)))  # type: ignore[arg-type]
 
 
-def _chosen(config: Config) -> Combination:
+def chosen(config: Config) -> Combination:
     """The values of `OPTIONS` that the settings alone decide."""
     values = flatten(to_dict(config))
-    chosen = {name: values[name] for name in OPTIONS if name not in (DEVICE, PROCESSES)}
-    return chosen | {FROZEN: 0 if chosen[FROZEN] == 0 else -1}
+    found = {name: values[name] for name in OPTIONS if name not in (DEVICE, PROCESSES)}
+    return found | {FROZEN: 0 if found[FROZEN] == 0 else -1}
 
 
-def _refuse(chosen: Combination) -> None:
+def _refuse(made: Combination) -> None:
     for rule in RULES:
-        if rule.forbids(chosen) and not rule.unless:
+        if rule.forbids(made) and not rule.unless:
             raise UserError(rule.sentence())
 
 
@@ -179,9 +186,9 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def allowed(chosen: Mapping[str, Any]) -> bool:
-    """Whether no rule stands against `chosen`; what may lift a rule counts as given."""
-    return not any(rule.forbids(chosen) and not rule.unless for rule in RULES)
+def allowed(made: Mapping[str, Any]) -> bool:
+    """Whether no rule stands against `made`; what may lift a rule counts as given."""
+    return not any(rule.forbids(made) and not rule.unless for rule in RULES)
 
 
 def allowed_pairs(given: Mapping[str, Any] | None = None) -> list[tuple[Choice, Choice]]:

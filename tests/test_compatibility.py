@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import torch
 from commands import Command, train_flags
 
 from smtc import compatibility, presets
-from smtc.compatibility import DEVICE, FROZEN, OPTIONS, PROCESSES, RULES, Combination, Rule, spelled
+from smtc.cli_parsing import parse_config
+from smtc.compatibility import DEVICE, OPTIONS, PROCESSES, RULES, Combination, Rule, spelled
 from smtc.errors import UserError
 from smtc.method import SMTCMethod
 from smtc.pipelines import dali
@@ -114,6 +114,15 @@ def test_an_xformers_that_was_built_for_another_torch_is_told(
         compatibility.attention.try_xformers(CPU, torch.bfloat16)
 
 
+def test_without_a_compiler_nothing_can_be_compiled_on_a_cpu(
+    safe: Command, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", "--train.compile", "encoder"))
+    assert "--train.compile encoder needs the C++ compiler no-such-compiler" in said
+    assert said.endswith("name yours in the environment variable CXX, or use none.")
+
+
 def test_every_preset_is_allowed() -> None:
     for name in presets.PRESETS:
         compatibility.check(presets.get(name), CPU, processes=2)
@@ -185,14 +194,11 @@ def test_the_covering_set_is_small_whole_and_the_same_each_time() -> None:
     assert compatibility.covering_set() == MEMBERS
 
 
-def test_members_are_accepted_as_settings(tiny_config: Callable[..., Any]) -> None:
-    """By the same check that a run begins with."""
+def test_members_are_accepted_by_the_check_that_a_run_begins_with(synthetic_data: Path) -> None:
     for made in MEMBERS:
-        if made["model.attention"] == "xformers" or made["optim.impl"] == "apex":
-            continue
-        preset = "tiny_encoder" if made["method"] == "warm_start" else "tiny"
-        config = tiny_config({n: v for n, v in made.items() if n in (FROZEN, "data.spatial")})
-        assert config.method == "smtc" and preset in presets.PRESETS
+        arguments = train_flags(synthetic_data, "run", *flags_of(made))[1:]
+        config = parse_config([str(argument) for argument in arguments])
+        assert all(made[name] == value for name, value in compatibility.chosen(config).items())
         if made[DEVICE] == "cpu":
             compatibility.check(config, CPU, made[PROCESSES])
 

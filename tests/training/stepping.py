@@ -56,15 +56,16 @@ def clips(config: Config, step: int, device: torch.device = CPU) -> Iterator[Bat
     size, parts = config.train.batch, config.train.accumulate
     height, width = config.model.resolution
     for part in range(parts):
-        first = (step * parts + part) * size
-        drawn = torch.Generator().manual_seed(first)
-        views = torch.randn(size, 2, config.data.frames, 3, height, width, generator=drawn)
+        index = torch.arange(size) + (step * parts + part) * size
+        drawn = [torch.Generator().manual_seed(int(sample)) for sample in index]
+        shape = 2, config.data.frames, 3, height, width
+        views = torch.stack([torch.randn(shape, generator=generator) for generator in drawn])
         crops = None
         if config.data.spatial == "independent":
             crops = torch.tensor([0.1, 0.2, 0.6, 0.5, 0.0]).repeat(size, 2, 1)
-            crops[:, 1, 0] += torch.rand(size, generator=drawn) * 0.3
+            shift = [torch.rand([], generator=generator) for generator in drawn]
+            crops[:, 1, 0] += 0.3 * torch.stack(shift)
             crops[:, 1, 4] = 1.0
-        index = torch.arange(first, first + size)
         yield Batch(views, [], index, crops).to(device)
 
 

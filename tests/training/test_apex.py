@@ -24,7 +24,10 @@ from smtc.training.trainer import Run, train
 
 # What the curves go over: a step that is left out, then both changes of phase.
 BROKEN, FIRST, SECOND = 3, 6, 11
+# `eps`, because Adam turns the rounding of a gradient of all but zero into a whole step.
 CURVE: dict[str, Any] = {
+    "optim__lr": 2e-3,
+    "optim__eps": 1e-5,
     "objective__instance_from_step": FIRST,
     "optim__encoder_from_step": SECOND,
     "optim__encoder_lr": 0.5,
@@ -138,11 +141,11 @@ def curve(**more: Any) -> Trace:
     return trace
 
 
-def assert_same_curve(one: Trace, other: Trace, *, rtol: float = 1e-4) -> None:
+def assert_same_curve(one: Trace, other: Trace, *, rtol: float = 1e-5) -> None:
     for step, (mine, theirs) in enumerate(zip(one.scalars, other.scalars, strict=True)):
         assert bool(mine["skipped"]) == bool(theirs["skipped"]) == (step == BROKEN)
         if step != BROKEN:
-            torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=rtol, atol=1e-5)
+            torch.testing.assert_close(mine["loss"], theirs["loss"], rtol=rtol, atol=1e-6)
     counts = {name: float(state["step"]) for name, state in one.moments.items()}
     assert counts == {name: float(state["step"]) for name, state in other.moments.items()}
     assert set(counts.values()) == {19.0, 20.0 - FIRST, 20.0 - SECOND}
@@ -168,19 +171,21 @@ def test_losses_are_those_of_torchs_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     loop = stepped(settings(**CURVE), 20)
     assert not loop.stepper.optimizer.defaults["fused"]
     for one, other in zip(fused.scalars, loop.scalars, strict=True):
-        torch.testing.assert_close(one["loss"], other["loss"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one["loss"], other["loss"], rtol=1e-5, atol=1e-6)
 
 
 def test_with_a_loss_scale_it_divides_once(apex: ModuleType) -> None:
     """A second division would leave gradients so small that `eps` counts."""
-    coarse = {"train__precision": "fp16", "optim__eps": 1e-3}
-    fused, plain = curve(optim__impl="apex", **coarse), curve(**coarse)
-    assert_same_curve(fused, plain, rtol=2e-3)
+    low = {"train__precision": "fp16"}
+    fused, plain = curve(optim__impl="apex", **low), curve(**low)
+    assert_same_curve(fused, plain, rtol=1e-3)
     for update in (fused.stepper.update, plain.stepper.update):
         assert update.scaler.get_scale() == 2.0**15
-    for name, state in plain.moments.items():
-        mine = fused.moments[name]["exp_avg"]
-        torch.testing.assert_close(mine.norm(), state["exp_avg"].norm(), rtol=0.05, atol=1e-7)
+    sizes = [
+        torch.cat([state["exp_avg"].flatten() for state in trace.moments.values()]).norm()
+        for trace in (fused, plain)
+    ]
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=0.05, atol=0)
 
 
 def test_a_step_left_out_counts_nowhere(apex: ModuleType) -> None:

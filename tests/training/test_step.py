@@ -39,6 +39,8 @@ RESNET: dict[str, Any] = {
     "model__backbone__feature": "tokens",
 }
 
+ALL_AT_ONCE: dict[str, Any] = {"optim__encoder_from_step": 0, "objective__instance_from_step": 0}
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
@@ -76,10 +78,10 @@ def test_a_traced_step_is_the_plain_one(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("kind", "more"),
-    [("encoder", {}), ("encoder", {"train__checkpoint_activations": True}), ("model", {})],
+    [("encoder", {}), ("encoder", {"train__checkpoint_activations": True}), ("model", ALL_AT_ONCE)],
 )
 def test_a_compiled_step_is_the_plain_one(kind: str, more: dict[str, Any]) -> None:
-    """Generated code sums in another order."""
+    """Generated code sums in another order. Slots and losses take minutes, so in one phase only."""
     config = settings(train__compile=kind, **more)
     compiled, plain = stepped(config, 3), stepped(settings(**more), 3)
     # Adam's first steps have the size of the rate whatever the gradient's, so its rounding shows
@@ -343,6 +345,30 @@ def test_the_teacher_follows_as_a_loop_over_values_says(scope: str) -> None:
         "patch_embed.proj.weight"
     ) - student.encoder.get_parameter("patch_embed.proj.weight")
     assert moved.abs().max() > 0
+
+
+def test_parts_of_a_step_add_up_to_one_big_batch() -> None:
+    whole, parts = stepped(settings(), 4), stepped(settings(train__batch=1, train__accumulate=2), 4)
+    # Before Adam, whose first steps have the size of the rate whatever the gradient's, diverges.
+    torch.testing.assert_close(parts.gradients[0], whole.gradients[0], rtol=1e-4, atol=1e-7)
+    for one, other in zip(parts.scalars, whole.scalars, strict=True):
+        for name in ("loss", "alignment", "instance", "valid_share", "gradient_norm"):
+            torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_left_out_leaves_batch_statistics_too() -> None:
+    config = settings(**RESNET, **ALL_AT_ONCE)
+    trace = go_on(built(config), range(1))
+    before, (batch,) = trace.weights, clips(config, 1)
+    batch.views[0] = float("nan")
+    assert trace.stepper(iter([batch]), 1).skipped
+    for name, value in trace.weights.items():
+        assert torch.equal(value, before[name]) or name.endswith("num_batches_tracked"), name
+    go_on(trace, range(2, 3))
+    assert not torch.equal(
+        trace.weights["student.encoder.bn1.running_mean"],
+        before["student.encoder.bn1.running_mean"],
+    )
 
 
 def test_graphs_need_a_method_that_decides_nothing_on_the_host(
