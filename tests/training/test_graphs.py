@@ -49,8 +49,15 @@ def ordinary(config: Config, steps: int = STEPS) -> Trace:
         {"train__precision": "bf16", "data__spatial": "independent"},
         {"objective__form": "l2_margin", "model__gradient": "full", "model__update": "gru"},
         {"optim__clip_norm": None, "teacher__scope": "head", "model__sampling": "detached"},
+        # The instance loss begins, and no other parameter learns from it.
+        {
+            "objective__form": "l2_margin",
+            "model__gradient": "full",
+            "model__embedding": "raw",
+            "model__sampling": "detached",
+        },
     ],
-    ids=["tiny", "accumulated", "bf16", "paper", "released"],
+    ids=["tiny", "accumulated", "bf16", "paper", "released", "raw"],
 )
 def test_replayed_steps_are_ordinary_ones(
     recorded: tuple[Streams, list[Recording]], more: dict[str, Any]
