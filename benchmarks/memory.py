@@ -295,6 +295,9 @@ def features_of(provider: Provider) -> tuple[str, ...]:
 
 def held_and_peak(provider: Provider, case: Case, device: str) -> tuple[float, float]:
     """Megabytes held between two steps, and what the second one needs beyond them."""
+    if "train.compile" in provider.settings:
+        # A process compiles a function for only so many sizes before it gives up.
+        torch.compiler.reset()
     before = held_memory(device)
     running, batch = provider.step(case, device), case.batch(device)
     running(batch)  # moments and gradients are there from here on

@@ -169,7 +169,8 @@ class _BenchScaling:
 class _BenchProfile:
     """Record a few steps: a Chrome trace, the operators or kernels that take longest, the gaps.
 
-    Writes trace.json.gz (for ui.perfetto.dev) and profile.json, and prints tables.
+    Writes trace.json.gz (for ui.perfetto.dev) and profile.json, and prints tables. On a CPU the
+    gaps are what the main thread spends outside of any operator.
     """
 
     output: Path
