@@ -1,7 +1,7 @@
 """How much memory does a step need? Peaks at many sizes, a law fitted to them, and what fits.
 
-A process that trains holds weights, the teacher's, moments, gradients and a batch (`held_mb`); a
-step needs more on top (`peak_mb`, its most beyond what was held before it). The law is for their
+A process that trains holds weights, the teacher's, moments and a batch (`held_mb`); a step needs
+more on top, gradients among it (`peak_mb`, its most beyond what was held before it). The law is for their
 sum, as a function of L positions, B clips, T frames and N slots:
 
     held + peak = max(floor, fixed + Σ coefficient · feature)
@@ -300,7 +300,8 @@ def held_and_peak(provider: Provider, case: Case, device: str) -> tuple[float, f
         torch.compiler.reset()
     before = held_memory(device)
     running, batch = provider.step(case, device), case.batch(device)
-    running(batch)  # moments and gradients are there from here on
+    running(batch)  # the moments are there from here on
+    running.forget_gradients()  # every step begins with that
     held = held_memory(device) - before
     return held, peak_memory(lambda: running(batch), device)
 

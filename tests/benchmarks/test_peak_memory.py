@@ -75,16 +75,16 @@ def test_the_largest_that_fits_is_exact(limit: int) -> None:
 
 
 def test_what_is_held_is_what_training_keeps() -> None:
-    """Student and teacher, and of what learns two moments and the gradient; and the batch."""
+    """Student and teacher, and of what learns two moments; and the batch."""
     case, provider = Case("tiny", 16, 2), PROVIDERS["eager-fp32"]
     made = SMTCMethod(case.config())
     learns = sum(value.numel() for value in made.trainable(0).values())
     whole = sum(v.numel() * v.element_size() for v in [*made.parameters(), *made.buffers()])
     batch = case.batch("cpu")
-    expected = whole + 4 * 3 * learns + batch.views.numel() * 4 + batch.index.numel() * 8
+    expected = whole + 4 * 2 * learns + batch.views.numel() * 4 + batch.index.numel() * 8
     held, peak = memory.held_and_peak(provider, case, "cpu")
     assert held == pytest.approx(expected / 1e6, rel=0.02)
-    assert peak > 0
+    assert peak > 4 * learns / 1e6  # the gradients at least
 
 
 def test_views_share_what_they_are_of() -> None:
