@@ -1,8 +1,8 @@
 """How much memory does a step need? Peaks at many sizes, a law fitted to them, and what fits.
 
 A process that trains holds weights, the teacher's, moments and a batch (`held_mb`); a step needs
-more on top, gradients among it (`peak_mb`, its most beyond what was held before it). The law is for their
-sum, as a function of L positions, B clips, T frames and N slots:
+more on top, gradients among it (`peak_mb`, its most beyond what was held before it). The law is for
+their sum, as a function of L positions, B clips, T frames and N slots:
 
     held + peak = max(floor, fixed + Σ coefficient · feature)
 

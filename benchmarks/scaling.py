@@ -215,12 +215,6 @@ class _Bench:
 
     def conclude(self) -> None:
         """Say what the numbers are of."""
-        for row in self.report.rows:
-            if row["kind"] == "bytes":
-                print(
-                    f"{row['phase']}, {row['ranks']} processes: {row['gradient_mb']:.3g} MB of "
-                    f"gradient, {row['bytes_per_rank'] / MEGABYTE:.3g} MB sent by each a step."
-                )
         if self.device == "cpu" and self.ranks[-1] > 1:
             print(f"{self.ranks[-1]} processes shared {self.places} cores of one machine.\n")
 

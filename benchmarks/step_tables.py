@@ -293,6 +293,8 @@ def scaling_blocks(rows: Sequence[Row]) -> list[Block]:
         "clips/s": lambda row: number(row.get("clips_per_s")),
         "efficiency": lambda row: number(row.get("efficiency"), ".0%"),
         "share of communication": lambda row: number(row.get("communication_share"), ".0%"),
+        "hidden": lambda row: number(row.get("hidden_share"), ".0%"),
+        "threads each": "threads",
         "MB sent a process": lambda row: number(row.get("bytes_per_rank"), ",.1f", 1e-6),
     }
     charts: list[Block] = []
@@ -303,7 +305,13 @@ def scaling_blocks(rows: Sequence[Row]) -> list[Block]:
             if row.get("kind") == kind and is_number(row.get("clips_per_s"))
         ]
         charts.append(Chart(f"{kind} scaling, clips/s", bars))
-    tables = listed(measured, columns)
+    sent: Columns = {
+        "a step sends while": "phase",
+        "processes": "ranks",
+        "MB of gradient": lambda row: number(row.get("gradient_mb"), ",.2f"),
+        "MB sent a process": lambda row: number(row.get("bytes_per_rank"), ",.2f", 1e-6),
+    }
+    tables = [*listed(measured, columns), *listed(of_kind(rows, "bytes"), sent)]
     return [*settings(rows), *tables, *failures(rows, ("kind", "ranks", "clips")), *charts]
 
 

@@ -80,7 +80,15 @@ FOLDER: dict[str, list[dict[str, Any]]] = {
         | {"worst_error": 0.07},
         {"kind": "limit", "provider": "plain", "memory_mb": 80000, "B": 64},
     ],
-    "scaling": [SCALED | {"kind": "weak", "backend": "gloo", "bytes_per_rank": 88e6}],
+    "scaling": [
+        SCALED
+        | {"kind": "weak", "backend": "gloo", "bytes_per_rank": 88e6}
+        | {"hidden_share": 0.25, "threads": 1},
+        {
+            **{"kind": "bytes", "phase": "encoder frozen", "ranks": 2},
+            **{"gradient_mb": 4.0, "bytes_per_rank": 4e6},
+        },
+    ],
     "profile": [
         {"kind": "kernel", "name": "add<float>|x", "calls": 3, "total_ms": 412.3, "share": 0.412},
         {"kind": "gap", "median": 0.012, "unit": "ms", "total_ms": 88.0, "share": 0.088},
@@ -219,10 +227,11 @@ def test_quality_tables() -> None:
 
 
 def test_other_tables() -> None:
-    (scaling,) = tables_of(BLOCKS["scaling"](FOLDER["scaling"]))
+    scaling, sent = tables_of(BLOCKS["scaling"](FOLDER["scaling"]))
     assert scaling.rows == [
-        ["weak", "2", "4", "gloo", "1500 (1400 – 1600)", "2.5", "90%", "8%", "88.0"]
+        ["weak", "2", "4", "gloo", "1500 (1400 – 1600)", "2.5", "90%", "8%", "25%", "1", "88.0"]
     ]
+    assert sent.rows == [["encoder frozen", "2", "4.00", "4.00"]]
     kernels, gaps = tables_of(BLOCKS["profile"](FOLDER["profile"]))
     assert kernels.rows == [["add<float>|x", "3", "412", "41.2%"]]
     assert gaps.rows == [["between kernels", "0.012 ms", "88", "8.8%"]]
