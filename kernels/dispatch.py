@@ -118,6 +118,12 @@ def _chosen(op: str, tensors: list[Tensor]) -> str:
     return "triton" if tensors[0].numel() >= SMALLEST.get(op, 0) else "eager"
 
 
+def announce(device: torch.device) -> None:
+    """Say once what "auto" runs on `device`, for callers that compile and so would say nothing."""
+    kernels = device.type == "cuda" and obstacle(device) is None
+    _announce("triton" if kernels else "eager", device)
+
+
 @functools.cache
 def _announce(chosen: str, device: torch.device) -> None:
     what = "plain torch (eager)"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smtc.attention import backend_order
 from smtc.config import Config
 from smtc.errors import UserError
+from smtc.kernels.dispatch import announce
 from smtc.method import Method
 from smtc.pipelines.batch import Batch, Source
 from smtc.regions import region
@@ -91,6 +92,8 @@ class Step:
                 part.compile(dynamic=False)
         if train.compile == "model":
             self.method.compile_rest()
+            if self.config.model.impl == "auto":
+                announce(self.world.device)
         if train.compile != "none" and self.world.main:
             logger.info("The first steps compile the %s, which takes a minute.", train.compile)
 

@@ -184,3 +184,11 @@ def test_import_under_another_name_is_refused():
     module = importlib.util.module_from_spec(spec)
     with pytest.raises(ImportError, match=r"'kernels' is smtc\.kernels.*pip install -e \."):
         spec.loader.exec_module(module)
+
+
+def test_who_compiles_can_have_the_choice_said(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch._announce.cache_clear()
+    with caplog.at_level("INFO", logger="smtc"):
+        dispatch.announce(torch.device("cpu"))
+        dispatch.announce(torch.device("cpu"))
+    assert caplog.messages == ["operations: impl=auto runs plain torch (eager) on cpu"]
