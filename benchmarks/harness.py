@@ -116,8 +116,9 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self._head = {"environment": environment(), "commit": commit()}
         if path.exists():
-            read_report(path)
-        self._write()
+            read_report(path)  # what was measured before stays until there is something new
+        else:
+            self._write()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; numbers that are not finite become null."""

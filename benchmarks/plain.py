@@ -91,8 +91,7 @@ class PlainStep:
             lr=config.optim.lr,
             betas=config.optim.betas,
             eps=config.optim.eps,
-            foreach=False,
-            fused="fused_adamw" in self.reliefs,
+            fused="fused_adamw" in self.reliefs or None,
         )
 
     def _network(self, weights: dict[str, Tensor]) -> Network:

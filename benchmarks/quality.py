@@ -20,7 +20,7 @@ from scipy import stats
 
 from smtc import presets
 from smtc.benchmarks.blocks import Row, is_number, markdown
-from smtc.benchmarks.harness import Report, pick_device, read_report
+from smtc.benchmarks.harness import Report, commit, pick_device, read_report
 from smtc.benchmarks.learning import HELD_OUT_SEED, HELD_OUT_VIDEOS
 from smtc.benchmarks.step_providers import PROVIDERS, changed, fastest
 from smtc.benchmarks.step_tables import quality_blocks
@@ -88,7 +88,7 @@ class _Bench:
         self.forms = (fastest(device), REFERENCE)
         self.device, self.data = device, data
         self.steps, self.warm_steps = steps, warm_steps
-        self.folder = output / "quality" / f"{steps} steps after {warm_steps}"
+        self.folder = output / "quality" / f"{device}, {steps} steps after {warm_steps}"
         settings: Row = {
             "kind": "settings",
             "preset": "tiny",
@@ -113,7 +113,8 @@ class _Bench:
         assert config.output is not None
         found = model_row(load_model(config.output), held_out, str(provider))
         scores = {metric: round(found[metric], 5) for metric in METRICS}
-        self.report.add(same | scores | {"seconds": round(seconds(config), 3)})
+        # The report's own commit is that of its newest rows.
+        self.report.add(same | scores | {"seconds": round(seconds(config), 3), "commit": commit()})
 
     def _config(self, seed: int, provider: str) -> Config:
         """Of SMTC on the seed's warm start, which is trained first where it is not."""

@@ -17,6 +17,7 @@ are those of a ring: 2 (n − 1)/n times the gradient's.
 """
 
 import json
+import math
 import os
 import socket
 import statistics
@@ -84,7 +85,8 @@ def run(
     )
     provider = provider or ("triton" if on_gpu else "eager-fp32")
     places = torch.cuda.device_count() if on_gpu else _cores()
-    ranks = tuple(sorted({1, *(ranks or default_ranks(places, on_gpu))}))
+    usual = [n for n in default_ranks(places, on_gpu) if case.clips % n == 0]
+    ranks = tuple(sorted({1, *(ranks or usual)}))
     _check(case, provider, device, ranks, places, seconds)
     bench = _Bench(Report(output / "scaling.json"), case, provider, device, ranks, places, seconds)
     bench.describe()
@@ -118,8 +120,8 @@ def _check(
     if provider == "plain":
         raise UserError("--provider plain knows one process only; choose another one.")
     pick_providers((provider,), device)
-    if min(ranks) < 1 or case.clips < 1 or seconds <= 0:
-        raise UserError("Give --ranks and --clips from 1 and --seconds above 0.")
+    if min(ranks) < 1 or case.clips < 1 or not 0 < seconds < math.inf:
+        raise UserError("Give --ranks and --clips from 1 and a positive number of --seconds.")
     if device == "cuda" and ranks[-1] > places:
         raise UserError(f"--ranks {ranks[-1]} needs as many GPUs; there are {places}.")
     for number in ranks:
@@ -237,13 +239,18 @@ def communication(times: Mapping[str, Sequence[float]]) -> Row:
     to 1, where noise would put them outside.
     """
     pairs = zip(times["together"], times["alone"], strict=True)
-    exposed = max(0.0, statistics.median(one - other for one, other in pairs))
+    found = timing([one - other for one, other in pairs])
+    exposed = max(0.0, found.median)
     alone = statistics.median(times["reduction"])
-    return {
+    shares: Row = {
         "communication_share": round(min(1.0, exposed / statistics.median(times["together"])), 4),
-        "hidden_share": round(max(0.0, 1 - exposed / alone), 4),
+        "exposed_ms_p20": round(found.p20, 4),
+        "exposed_ms_p80": round(found.p80, 4),
         "all_reduce_ms": round(alone, 4),
     }
+    if found.p20 > 0:  # else noise hides it
+        shares["hidden_share"] = round(max(0.0, 1 - exposed / alone), 4)
+    return shares
 
 
 def launched(job: Job, ranks: int) -> dict[str, Any]:

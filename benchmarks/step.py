@@ -6,8 +6,9 @@ round, so that drift of the machine meets all alike and ratios are those of sing
 """
 
 import gc
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from smtc.pipelines.batch import Batch
 from smtc.progress import track
 
 Row = dict[str, Any]
-FARTHEST = {"fp32": 1e-3, "bf16": 3e-2}
-"""How far a first loss may be from the literal step's, relative to the largest of them."""
+FARTHEST = {"fp32": 1e-4, "bf16": 1e-2}
+"""How far a loss of the first two steps may be from the literal step's, relative to it."""
 CPU_CLIPS, GPU_CLIPS = 2, 32
 PHASE_REPEATS = 3
 WARM_UP = {"cpu": 1, "cuda": 5}
@@ -81,8 +82,8 @@ def run(
     if presets.get(preset).method != "smtc":
         raise UserError(f"--preset {preset} trains no SMTC; bench step takes the others.")
     numbers = tuple(clips) or ((GPU_CLIPS if device == "cuda" else CPU_CLIPS),)
-    if not sizes or min(numbers) < 1 or seconds <= 0:
-        raise UserError("--clips are numbers of at least 1, and --seconds is positive.")
+    if not sizes or min(numbers) < 1 or not 0 < seconds < math.inf:
+        raise UserError("--clips are numbers of at least 1, and --seconds is a positive number.")
     cases = [Case(preset, positions, number) for positions in sizes for number in numbers]
     for case in cases:
         case.config()  # a size that is none is told before anything is timed
@@ -114,17 +115,24 @@ class _Bench:
         """Every provider's time, memory, arithmetic and phases."""
         batch = case.batch(self.device)
         labels = self._labels(case) | {"kind": "provider"}
-        rows: dict[str, Row] = {p.name: labels | {"provider": p.name} for p in providers}
-        running = self._checked(case, {p.name: p for p in providers}, batch, rows)
-        times = self._timed(running, batch, rows)
-        flops = step_flops(case, self.device) if times else 0.0
-        for name, milliseconds in times.items():
-            row = rows[name] | self._measured(running[name], batch, milliseconds, case, flops)
-            if "plain" in times:
-                row |= _speedup(times["plain"], milliseconds)
-            self.report.add(row)
-        for name in times:
-            self._phases(case, name, running[name], batch)
+        chosen = {p.name: p for p in providers}
+        rows: dict[str, Row] = {name: labels | {"provider": name} for name in chosen}
+        running = self._checked(case, chosen, batch, rows)
+        flops = step_flops(case) if running else 0.0
+        done: list[str] = []
+        for group in _groups(chosen, running):
+            times = self._timed({name: running[name] for name in group}, batch, rows)
+            for name in [name for name in times if name not in done]:
+                own = rows[name] | self._measured(chosen[name], running[name], batch, times[name])
+                seconds = own["median"] / 1000
+                own |= {"clips_per_s": round(case.clips / seconds, 4), "flops": flops}
+                own["utilisation"] = round(flops / seconds / dense_bf16_rate(self.device), 4)
+                if "plain" in times:
+                    own |= _speedup(times["plain"], times[name])
+                self.report.add(own)
+                self._phases(case, name, running[name], batch)
+                done.append(name)
+        del running
         self._release()
 
     def ablation(self, case: Case, group: Ablation) -> None:
@@ -142,10 +150,11 @@ class _Bench:
         running = self._started(case, variants, rows)
         times = self._timed(running, batch, rows)
         for name, milliseconds in times.items():
-            row = rows[name] | timing(milliseconds).row()
+            row = rows[name] | self._measured(variants[name], running[name], batch, milliseconds)
             if "none" in times:
                 row["worth"] = _speedup(times["none"], milliseconds)["speedup"]
-            self.report.add(row | {"peak_mb": self._peak(running[name], batch)})
+            self.report.add(row)
+        del running
         self._release()
 
     def _labels(self, case: Case) -> Row:
@@ -165,7 +174,7 @@ class _Bench:
         for name, provider in providers.items():
             try:
                 running[name] = provider.step(case, self.device)
-            except (RuntimeError, UserError) as error:
+            except Exception as error:
                 self._failed(rows[name], error)
         return running
 
@@ -174,24 +183,24 @@ class _Bench:
         case: Case,
         providers: Mapping[str, Provider],
         batch: Batch,
-        rows: Mapping[str, Row],
+        rows: dict[str, Row],
     ) -> dict[str, Running]:
-        """Those whose first losses are the literal step's."""
-        running = self._started(case, providers, rows)
+        """Those whose first losses are the literal step's, where that one has room to run."""
         try:
             expected = first_losses(PROVIDERS["plain"].step(case, self.device), batch)
-        except RuntimeError as error:  # it is the first that runs out of memory
+        except Exception as error:
             print(f"Nothing to compare with at {case.name}: {in_short(error)}")
             expected = {}
+        running = self._started(case, providers, rows)
         for name in list(running):
             low = providers[name].settings.get("train.precision") == "bf16"
+            rows[name]["checked"] = bool(expected)
             try:
-                found = first_losses(running[name], batch)
-            except RuntimeError as error:
+                far = distance(first_losses(running[name], batch), expected) if expected else 0.0
+            except Exception as error:
                 self._failed(rows[name], error)
                 del running[name]
                 continue
-            far = distance(found, expected) if expected else 0.0
             if not far < FARTHEST["bf16" if low else "fp32"]:
                 self.wrong = True
                 told = f"not timed: its first losses are {far:.1e} from the literal step's"
@@ -203,35 +212,38 @@ class _Bench:
         self, running: dict[str, Running], batch: Batch, rows: Mapping[str, Row]
     ) -> dict[str, list[float]]:
         """Milliseconds of steps, by provider, of the same rounds; one that fails is left out."""
-        for name in list(running):
-            try:
-                for _ in range(WARM_UP[self.device]):
-                    running[name](batch)
-            except RuntimeError as error:
-                self._failed(rows[name], error)
-                del running[name]
-        if not running:
-            return {}
-        calls = {name: (lambda own=own: own(batch)) for name, own in running.items()}
-        return interleaved_times(calls, self.device, seconds=self.seconds)
+        failed: dict[str, Exception] = {}
+
+        def guarded(name: str) -> Callable[[], None]:
+            def call() -> None:
+                if name not in failed:
+                    try:
+                        running[name](batch)
+                    except Exception as error:  # a kernel's, or no room beside the others
+                        failed[name] = error
+                        gc.collect()
+
+            return call
+
+        calls = {name: guarded(name) for name in running}
+        for call in calls.values():
+            for _ in range(WARM_UP[self.device]):
+                call()
+        calls = {name: call for name, call in calls.items() if name not in failed}
+        times = interleaved_times(calls, self.device, seconds=self.seconds) if calls else {}
+        for name, error in failed.items():
+            self._failed(rows[name], error)
+        return {name: found for name, found in times.items() if name not in failed}
 
     def _measured(
-        self,
-        running: Running,
-        batch: Batch,
-        milliseconds: list[float],
-        case: Case,
-        flops: float,
+        self, provider: Provider, running: Running, batch: Batch, milliseconds: list[float]
     ) -> Row:
         row = timing(milliseconds).row()
-        seconds = row["median"] / 1000
-        return row | {
-            "clips_per_s": round(case.clips / seconds, 4),
-            "peak_mb": self._peak(running, batch),
-            "flops": flops,
-            "utilisation": round(flops / seconds / dense_bf16_rate(self.device), 4),
-            "syncs": syncs(lambda: running(batch), self.device),
-        }
+        if provider.settings.get("train.cuda_graphs") != "on":  # whose memory is in its own pool
+            running.forget_gradients()
+            peak = peak_memory(lambda: running(batch), self.device)
+            row["peak_mb"] = round(peak, 1)
+        return row | {"syncs": syncs(lambda: running(batch), self.device)}
 
     def _phases(self, case: Case, name: str, running: Running, batch: Batch) -> None:
         """Rows of the parts of a step; one that is replayed or compiled as a whole has fewer."""
@@ -243,13 +255,9 @@ class _Bench:
         for part, times in found.items():
             self.report.add(labels | {"phase": part} | timing(times).row())
 
-    def _peak(self, running: Running, batch: Batch) -> float:
-        running.forget_gradients()
-        return round(peak_memory(lambda: running(batch), self.device), 1)
-
     def _failed(self, row: Row, error: Exception) -> None:
         self.report.add(row | {"error": in_short(error)})
-        self._release()
+        gc.collect()
 
     def _release(self) -> None:
         # A process compiles a function for only so many sizes before it gives up.
@@ -257,6 +265,18 @@ class _Bench:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _groups(chosen: Mapping[str, Provider], running: Mapping[str, Running]) -> list[list[str]]:
+    """What is timed together: a recorded step keeps its memory for good, so it comes last, beside
+    the one that all are compared with.
+    """
+    recorded = [n for n in running if chosen[n].settings.get("train.cuda_graphs") == "on"]
+    others = [name for name in running if name not in recorded]
+    groups = [others] + [[name for name in ("plain",) if name in others] + recorded] * bool(
+        recorded
+    )
+    return [group for group in groups if group]
 
 
 def _speedup(slow: list[float], fast: list[float]) -> Row:

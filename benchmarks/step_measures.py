@@ -5,7 +5,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from smtc.pipelines.batch import Batch
 from smtc.regions import listening
 
 LOSSES = ("alignment", "regularisation", "instance")
+LEAST = 0.1
+"""A smaller loss is a difference of larger terms, whose rounding stays."""
 READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
 """Methods by which the host reads a tensor."""
 ON_THE_HOST = {("model.py", "_check"), ("ops.py", "correlation_projection")}
@@ -134,29 +136,33 @@ def _reads(function: Callable[[], object]) -> int:
     return count
 
 
-def step_flops(case: Case, device: str) -> float:
+def step_flops(case: Case) -> float:
     """FLOP that a step of this case needs: those of plain torch's matrix products, forward and
-    backward, each once; counted on one clip.
+    backward, each once; counted on one clip, on the CPU.
     """
     one = Case(case.preset, case.positions, 1, case.frames, case.slots)
-    running, batch = PROVIDERS["eager-fp32"].step(one, device), one.batch(device)
-    # The counter knows matrix products, but not a CPU's attention.
-    literal = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
-    with literal, FlopCounterMode(display=False) as counter:
+    running, batch = PROVIDERS["eager-fp32"].step(one, "cpu"), one.batch("cpu")
+    # As products: the counter does not know a CPU's attention, and of a GPU's it also counts what
+    # the backward pass computes again.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         running(batch)
     return float(counter.get_total_flops() * case.clips)
 
 
 def first_losses(running: Running, batch: Batch) -> dict[str, float]:
-    """The losses that a provider which has not run yet finds."""
-    found = running(batch)
-    return {name: float(found[name]) for name in LOSSES}
+    """The losses of the first two steps: those of the second show what the first one learned."""
+    found: dict[str, float] = {}
+    for number in (1, 2):
+        losses = running(batch)
+        found |= {f"{name} {number}": float(losses[name]) for name in LOSSES}
+    return found
 
 
 def distance(found: Mapping[str, float], expected: Mapping[str, float]) -> float:
-    """The largest difference of a loss, relative to the largest loss; infinite where one is NaN."""
-    largest = max(abs(value) for value in expected.values()) or 1.0
-    far = [abs(found[name] - value) / largest for name, value in expected.items()]
+    """The largest difference of a loss, relative to it or to `LEAST`, whichever is larger; infinite
+    where one is NaN.
+    """
+    far = [abs(found[name] - value) / max(abs(value), LEAST) for name, value in expected.items()]
     return max(far) if all(value == value for value in far) else float("inf")
 
 

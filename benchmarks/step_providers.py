@@ -14,7 +14,7 @@ mathematics: encoder, slots and losses, backward, clipping, AdamW and teacher.
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from smtc.kernels.dispatch import obstacle
 from smtc.method import SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.training.distributed import World
-from smtc.training.step import Step
+from smtc.training.step import Step, numerics
 
 RESOLUTIONS = {
     64: (8, (64, 64)),
@@ -66,8 +66,13 @@ class Case:
             "model.resolution": resolution,
             "model.slots": self.slots,
             "objective.instance_from_step": 0,
+            # On noise no instance would be valid, and its loss nothing.
+            "objective.area": 0.0,
+            "objective.similarity": -1.0,
             "optim.encoder_from_step": 0,
             "optim.warmup_steps": 0,
+            # Small enough that the losses of a second step can be compared across precisions.
+            "optim.lr": 1e-4,
             "train.batch": self.clips,
             "train.seed": SEED,
         }
@@ -87,7 +92,7 @@ def _resolution(positions: int) -> tuple[int, tuple[int, int]]:
     side = round(positions**0.5)
     if positions < 1 or side * side != positions:
         known = ", ".join(map(str, RESOLUTIONS))
-        raise UserError(f"--sizes {positions} is no size of a step: use {known}, or a square.")
+        raise UserError(f"L = {positions} is no size of a step: use {known}, or a square.")
     return 16, (16 * side, 16 * side)
 
 
@@ -136,13 +141,29 @@ class Provider:
         if self.plain:
             weights = SMTC(config.model).state_dict()
             plain = PlainStep(config, weights, device, self.faults, self.reliefs)
-            return Running(plain, plain.student_network.parameters())
+            return Running(_literally(plain), plain.student_network.parameters())
         method = SMTCMethod(config).to(device).train()
         step = Step(method, config, World(torch.device(device)))
         parts = config.train.accumulate
         return Running(
             lambda batch, number: step(iter([batch] * parts), number).scalars, method.parameters()
         )
+
+
+def _literally(plain: PlainStep) -> Callable[[Batch, int], dict[str, Tensor]]:
+    """The literal step under the matrix precision of the settings, as ours has it."""
+    arrived: dict[int, Batch] = {}  # frames on the host in float64, as that fault has them
+
+    def update(batch: Batch, number: int) -> dict[str, Tensor]:
+        if "float64_frames" in plain.faults:
+            if id(batch) not in arrived:
+                double = batch.views.to("cpu", torch.float64)
+                arrived[id(batch)] = replace(batch, views=double)
+            batch = arrived[id(batch)]
+        with numerics(plain.config, plain.device):
+            return plain(batch, number)
+
+    return update
 
 
 class Running:

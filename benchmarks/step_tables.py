@@ -73,7 +73,7 @@ def providers_tables(rows: Sequence[Row]) -> list[Table]:
         "ms a step (20 % – 80 %)": lambda row: UNMEASURED if "missing" in row else _step_time(row),
         "clips/s": lambda row: number(row.get("clips_per_s")),
         "times plain": lambda row: number(row.get("speedup"), ".2f"),
-        "peak MB": lambda row: number(row.get("peak_mb"), ".0f"),
+        "peak MB beyond what is held": lambda row: number(row.get("peak_mb"), ".0f"),
         "GFLOP": lambda row: number(row.get("flops"), ",.0f", 1e-9),
         "of peak FLOP": lambda row: number(row.get("utilisation"), ".0%"),
         "host syncs": "syncs",
@@ -157,7 +157,8 @@ def memory_blocks(rows: Sequence[Row]) -> list[Block]:
     columns: Columns = {
         "provider": "provider",
         **{size: size for size in SIZES},
-        "peak MB": lambda row: number(row.get("peak_mb"), ",.0f"),
+        "MB held": lambda row: number(row.get("held_mb"), ",.0f"),
+        "peak MB beyond": lambda row: number(row.get("peak_mb"), ",.0f"),
     }
     charts: list[Block] = []
     for provider in dict.fromkeys(text(row.get("provider")) for row in peaks):
@@ -182,8 +183,15 @@ def memory_summary(rows: Sequence[Row]) -> list[Block]:
         "provider": "provider",
         "memory MB": lambda row: number(row.get("memory_mb"), ",.0f"),
         "largest that fits": _sizes,
+        "found": _found,
     }
     return [*law_tables(rows), *listed(of_kind(rows, "limit"), limits)]
+
+
+def _found(row: Row) -> str:
+    if row.get("by") != "law":
+        return text(row.get("by"))
+    return f"extrapolated by the law of this {'GPU' if row.get('law_of') == 'cuda' else 'CPU'}"
 
 
 def law_tables(rows: Sequence[Row]) -> list[Table]:
@@ -196,7 +204,7 @@ def law_tables(rows: Sequence[Row]) -> list[Table]:
 
     columns: Columns = {
         "provider": "provider",
-        "peak MB is about": "law",
+        "MB is about": "law",
         "coefficients": coefficients,
         "worst error": lambda row: number(row.get("worst_error"), ".0%"),
     }

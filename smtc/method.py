@@ -35,7 +35,7 @@ _AFTER_ATTENTION = tuple(
 
 
 class Method(nn.Module, ABC):
-    """A way of learning from clips. The trainer sees these four things and nothing else of it.
+    """A way of learning from clips. The trainer sees what is named here and nothing else of it.
 
     The state that a checkpoint holds is the module's own `state_dict`.
     """

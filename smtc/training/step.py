@@ -178,8 +178,8 @@ class Step:
         """The whole update on `batches`: forward, backward, clipping, optimiser, momentum."""
         parts = self.config.train.accumulate
         self.optimizer.zero_grad()  # apex's takes no argument; both set them to None
-        statistics = [b for b in self.method.buffers() if b.is_floating_point()]
-        former = [buffer.clone() for buffer in statistics]  # of batch norms; a ViT has none
+        statistics = _batch_statistics(self.method)
+        former = [buffer.clone() for buffer in statistics]
         scalars: dict[str, Tensor] = {}
         for part, batch in enumerate(batches):
             # The processes add up their gradients once, after the last part.
@@ -233,6 +233,17 @@ class _Fetched:
         return self.last
 
 
+def _batch_statistics(module: nn.Module) -> list[Tensor]:
+    """Running means and variances that a step in training mode changes; a ViT has none."""
+    return [
+        statistic
+        for part in module.modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
+        for statistic in (part.running_mean, part.running_var)
+        if statistic is not None
+    ]
+
+
 def uncompiled() -> AbstractContextManager[object]:
     """Within the block, frames of other sizes (held-out videos, pictures) compile nothing."""
     return torch.compiler.set_stance("force_eager")
@@ -240,11 +251,14 @@ def uncompiled() -> AbstractContextManager[object]:
 
 @contextmanager
 def numerics(config: Config, device: torch.device) -> Iterator[None]:
-    """How matrix products round and which attention runs first, within the block."""
-    former = torch.get_float32_matmul_precision()
+    """How fp32 products and convolutions round and which attention runs first, within the block."""
+    former = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(config.train.matmul)
+    # Convolutions have a switch of their own, which is on by default.
+    torch.backends.cudnn.allow_tf32 = config.train.matmul != "highest"
     try:
         with backend_order(device):
             yield
     finally:
-        torch.set_float32_matmul_precision(former)
+        torch.set_float32_matmul_precision(former[0])
+        torch.backends.cudnn.allow_tf32 = former[1]

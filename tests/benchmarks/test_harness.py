@@ -47,7 +47,10 @@ def test_a_report_is_whole_after_every_row(tmp_path: Path) -> None:
 def test_a_report_takes_the_place_of_a_report_only(tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     harness.Report(path).add({"case": 1})
-    assert harness.Report(path).rows == [] == harness.read_report(path)["rows"]
+    again = harness.Report(path)
+    assert again.rows == [] and harness.read_report(path)["rows"] == [{"case": 1}]
+    again.add({"case": 2})  # only now is there something better
+    assert harness.read_report(path)["rows"] == [{"case": 2}]
     for foreign in ("{}", "[1]", "not JSON"):
         path.write_text(foreign, encoding="utf-8")
         with pytest.raises(UserError, match=r"some\.json is no benchmark report"):

@@ -190,7 +190,7 @@ def test_step_tables() -> None:
     steps, phases, ablations, failed = tables_of(BLOCKS["step"](FOLDER["step"]))
     assert steps.heads == [
         *("case", "provider", "device", "ms a step (20 % – 80 %)", "clips/s", "times plain"),
-        *("peak MB", "GFLOP", "of peak FLOP", "host syncs"),
+        *("peak MB beyond what is held", "GFLOP", "of peak FLOP", "host syncs"),
     ]
     plain, eager, *missing = steps.rows
     assert plain[3:] == ["800 (640 – 1000)", "2.5", "1.00", "1234", "2,400", "", "3"]
