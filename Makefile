@@ -43,9 +43,10 @@ lint: .venv/ready  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/python tests/check_types.py
 
-bench: .venv/ready  ## errors and times of the operations on this machine, as tables and a picture
+bench: .venv/ready  ## errors and times of operations and whole steps on this machine, as one page
 	$(BIN)/smtc bench parity --output build/bench
 	$(BIN)/smtc bench kernels --output build/bench
+	$(BIN)/smtc bench step --output build/bench
 	$(BIN)/smtc bench report build/bench
 
 gpu-check:  ## PART=tests|kernels|step|data on a machine with a GPU, at most 8 minutes; results in $$OUT or build/gpu-check

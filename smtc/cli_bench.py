@@ -1,5 +1,6 @@
 """`smtc bench …`: each command's flags and what it calls."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -234,95 +235,27 @@ class _BenchCompare:
     the threshold and the ranges from the 20th to the 80th percentile do not touch.
     """
 
-    a: tyro.conf.Positional[Path]
+    before: tyro.conf.Positional[Path]
     """A report's JSON file, or a folder of them."""
-    b: tyro.conf.Positional[Path]
+    after: tyro.conf.Positional[Path]
     """The same, after the change."""
     threshold: float = 0.05
     """The least relative change that counts."""
 
 
-def _bench_kernels(arguments: list[str]) -> None:
-    """time the operations against plain torch and peers"""
-    settings = parse(_BenchKernels, "bench kernels", arguments)
-    from smtc.benchmarks import kernels
+def _command(name: str, settings: type, module: str, sentence: str) -> Callable[[list[str]], None]:
+    """The command that passes its flags to `run` of a module, which is imported only then."""
 
-    sys.exit(kernels.run(**vars(settings)))
+    def command(arguments: list[str]) -> None:
+        parsed = parse(settings, f"bench {name}", arguments)
+        found = importlib.import_module(f"smtc.benchmarks.{module}")
+        sys.exit(found.run(**vars(parsed)))
 
-
-def _bench_parity(arguments: list[str]) -> None:
-    """errors of the operations against float64"""
-    settings = parse(_BenchParity, "bench parity", arguments)
-    from smtc.benchmarks import parity
-
-    sys.exit(parity.run(**vars(settings)))
+    command.__doc__ = sentence
+    return command
 
 
-def _bench_static(arguments: list[str]) -> None:
-    """registers and memory of the kernels on GPUs that are not here"""
-    settings = parse(_BenchStatic, "bench static", arguments)
-    from smtc.benchmarks import static
-
-    sys.exit(static.run(**vars(settings)))
-
-
-def _bench_step(arguments: list[str]) -> None:
-    """time a whole training step against the literal one"""
-    settings = parse(_BenchStep, "bench step", arguments)
-    from smtc.benchmarks import step
-
-    sys.exit(step.run(**vars(settings)))
-
-
-def _bench_memory(arguments: list[str]) -> None:
-    """memory of a step by size, and what fits"""
-    settings = parse(_BenchMemory, "bench memory", arguments)
-    from smtc.benchmarks import memory
-
-    sys.exit(memory.run(**vars(settings)))
-
-
-def _bench_quality(arguments: list[str]) -> None:
-    """whether the fastest training scores as well as fp32"""
-    settings = parse(_BenchQuality, "bench quality", arguments)
-    from smtc.benchmarks import quality
-
-    sys.exit(quality.run(**vars(settings)))
-
-
-def _bench_scaling(arguments: list[str]) -> None:
-    """steps on several processes"""
-    settings = parse(_BenchScaling, "bench scaling", arguments)
-    from smtc.benchmarks import scaling
-
-    sys.exit(scaling.run(**vars(settings)))
-
-
-def _bench_profile(arguments: list[str]) -> None:
-    """a trace of a step, its longest operators and its gaps"""
-    settings = parse(_BenchProfile, "bench profile", arguments)
-    from smtc.benchmarks import profiling
-
-    sys.exit(profiling.run(**vars(settings)))
-
-
-def _bench_tune(arguments: list[str]) -> None:
-    """search for faster launch options on a GPU"""
-    settings = parse(_BenchTune, "bench tune", arguments)
-    from smtc.benchmarks import tune
-
-    sys.exit(tune.run(**vars(settings)))
-
-
-def _bench_data(arguments: list[str]) -> None:
-    """clips a second of the loaders, beside PIL and OpenCV"""
-    settings = parse(_BenchData, "bench data", arguments)
-    from smtc.benchmarks import data
-
-    sys.exit(data.run(**vars(settings)))
-
-
-def _bench_report(arguments: list[str]) -> None:
+def _report(arguments: list[str]) -> None:
     """a benchmark folder as one HTML page, or as the README's tables"""
     settings = parse(_BenchReport, "bench report", arguments)
     from smtc.benchmarks import readme, report
@@ -334,25 +267,31 @@ def _bench_report(arguments: list[str]) -> None:
     sys.exit(report.run(settings.folder, output=settings.output))
 
 
-def _bench_compare(arguments: list[str]) -> None:
-    """what became slower or faster between two results"""
-    settings = parse(_BenchCompare, "bench compare", arguments)
-    from smtc.benchmarks import compare
-
-    sys.exit(compare.run(settings.a, settings.b, threshold=settings.threshold))
-
+_PLAIN: dict[str, tuple[type, str, str]] = {
+    "kernels": (_BenchKernels, "kernels", "time the operations against plain torch and peers"),
+    "parity": (_BenchParity, "parity", "errors of the operations against float64"),
+    "static": (
+        *(_BenchStatic, "static"),
+        "registers and memory of the kernels on GPUs that are not here",
+    ),
+    "tune": (_BenchTune, "tune", "search for faster launch options on a GPU"),
+    "data": (_BenchData, "data", "clips a second of the loaders, beside PIL and OpenCV"),
+    "step": (_BenchStep, "step", "time a whole training step against the literal one"),
+    "memory": (_BenchMemory, "memory", "memory of a step by size, and what fits"),
+    "quality": (
+        *(_BenchQuality, "quality"),
+        "whether the fastest training scores as well as fp32",
+    ),
+    "scaling": (_BenchScaling, "scaling", "steps on several processes"),
+    "profile": (
+        *(_BenchProfile, "profiling"),
+        "a trace of a step, its longest operators and its gaps",
+    ),
+    "compare": (_BenchCompare, "compare", "what became slower or faster between two results"),
+}
+"""By name: the flags, the module of `smtc.benchmarks`, and what it does."""
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "bench kernels": _bench_kernels,
-    "bench parity": _bench_parity,
-    "bench static": _bench_static,
-    "bench tune": _bench_tune,
-    "bench data": _bench_data,
-    "bench step": _bench_step,
-    "bench memory": _bench_memory,
-    "bench quality": _bench_quality,
-    "bench scaling": _bench_scaling,
-    "bench profile": _bench_profile,
-    "bench report": _bench_report,
-    "bench compare": _bench_compare,
+    **{f"bench {name}": _command(name, *of) for name, of in _PLAIN.items()},
+    "bench report": _report,
 }
