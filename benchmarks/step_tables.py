@@ -179,13 +179,26 @@ def memory_blocks(rows: Sequence[Row]) -> list[Block]:
 
 def memory_summary(rows: Sequence[Row]) -> list[Block]:
     """The laws fitted to the peaks, and the largest step that fits."""
-    limits: Columns = {
-        "provider": "provider",
-        "memory MB": lambda row: number(row.get("memory_mb"), ",.0f"),
-        "largest that fits": _sizes,
-        "found": _found,
-    }
-    return [*law_tables(rows), *listed(of_kind(rows, "limit"), limits)]
+    return [*law_tables(rows), *_limit_tables(of_kind(rows, "limit"))]
+
+
+def _limit_tables(rows: Sequence[Row]) -> list[Table]:
+    """The most clips, a column a number of positions, within each memory."""
+    memories = sorted({row["memory_mb"] for row in rows if is_number(row.get("memory_mb"))})
+    positions = list(dict.fromkeys(text(row.get("L")) for row in rows))
+
+    def cell(own: Sequence[Row], length: str) -> str:
+        clips = {row.get("memory_mb"): row.get("B") for row in own if text(row.get("L")) == length}
+        return " / ".join(text(clips.get(memory)) for memory in memories)
+
+    lines = []
+    for provider in dict.fromkeys(text(row.get("provider")) for row in rows):
+        own = [row for row in rows if text(row.get("provider")) == provider]
+        found = dict.fromkeys(_found(row) for row in own)
+        lines.append([provider, *(cell(own, length) for length in positions), ", ".join(found)])
+    within = " / ".join(number(memory, ".0f", 1e-3) for memory in memories)
+    heads = [f"most clips within {within} GB", *(f"L = {length}" for length in positions), "found"]
+    return [Table(heads, lines)] if lines else []
 
 
 def _found(row: Row) -> str:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -247,7 +247,7 @@ def _command(name: str, settings: type, module: str, sentence: str) -> Callable[
     """The command that passes its flags to `run` of a module, which is imported only then."""
 
     def command(arguments: list[str]) -> None:
-        parsed = parse(settings, f"bench {name}", arguments)
+        parsed: Any = parse(settings, f"bench {name}", arguments)
         found = importlib.import_module(f"smtc.benchmarks.{module}")
         sys.exit(found.run(**vars(parsed)))
 

@@ -78,7 +78,14 @@ FOLDER: dict[str, list[dict[str, Any]]] = {
         {"kind": "peak", "provider": "plain", "L": 256, "B": 2, "T": 4, "N": 16, "peak_mb": 1500.0},
         {"kind": "law", "provider": "plain", "law": "a + b·B", "coefficients": {"a": 2, "b": 0.5}}
         | {"worst_error": 0.07},
-        {"kind": "limit", "provider": "plain", "memory_mb": 80000, "B": 64},
+        *(
+            {"kind": "limit", "provider": "plain", "memory_mb": memory, "L": length, "B": clips}
+            | {"by": "law", "law_of": "cpu"}
+            for memory, length, clips in (
+                *((141000, 256, 9), (80000, 256, 5)),
+                *((141000, 1024, 2), (80000, 1024, 1)),
+            )
+        ),
     ],
     "scaling": [
         SCALED
@@ -213,7 +220,10 @@ def test_a_measured_provider_is_not_missing() -> None:
 def test_memory_tables() -> None:
     laws, limits, peaks = tables_of(BLOCKS["memory"](FOLDER["memory"]))
     assert laws.rows == [["plain", "a + b·B", "a 2, b 0.5", "7%"]]
-    assert limits.rows == [["plain", "80,000", "B = 64"]]
+    assert limits.heads == ["most clips within 80 / 141 GB", "L = 256", "L = 1024", "found"]
+    assert limits.rows == [
+        ["plain", "5 / 9", "1 / 2", "extrapolated by the law of this CPU"],
+    ]
     assert peaks.rows == [["plain", "256", "2", "4", "16", "1,500"]]
 
 
