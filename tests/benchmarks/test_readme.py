@@ -153,3 +153,10 @@ def test_recorded_results_are_reports() -> None:
     for made in RECORDED.values():
         assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", made["commit"]), made["commit"]
         assert json.dumps(made, allow_nan=False)
+
+
+def test_the_recorded_page_is_that_of_the_results(tmp_path: Path) -> None:
+    """`smtc bench report` was run after the last result."""
+    report.run(ROOT / "benchmarks" / "results", output=tmp_path / "report.html")
+    recorded = ROOT / "benchmarks" / "results" / "report.html"
+    assert (tmp_path / "report.html").read_bytes() == recorded.read_bytes()
