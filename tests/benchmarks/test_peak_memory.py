@@ -129,7 +129,7 @@ def test_a_run_has_peaks_a_law_and_limits(
     for small_one, large in zip(limits[::2], limits[1::2], strict=True):
         assert small_one["by"] == "law" and small_one["law_of"] == "cpu"
         assert 0 < small_one["B"] < large["B"]
-    assert "| plain | 80,000 | L = 256, B = " in told.out
+    assert "most clips within 80 / 141 GB" in told.out and f"| {limits[0]['B']} / " in told.out
 
 
 def test_a_size_that_fails_is_a_row(
