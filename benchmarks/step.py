@@ -123,17 +123,33 @@ class _Bench:
         for group in _groups(chosen, running):
             times = self._timed({name: running[name] for name in group}, batch, rows)
             for name in [name for name in times if name not in done]:
-                own = rows[name] | self._measured(chosen[name], running[name], batch, times[name])
-                seconds = own["median"] / 1000
-                own |= {"clips_per_s": round(case.clips / seconds, 4), "flops": flops}
-                own["utilisation"] = round(flops / seconds / dense_bf16_rate(self.device), 4)
-                if "plain" in times:
-                    own |= _speedup(times["plain"], times[name])
-                self.report.add(own)
-                self._phases(case, name, running[name], batch)
                 done.append(name)
+                row = rows[name] | {"flops": flops}
+                try:
+                    self._conclude(case, chosen[name], running[name], batch, row, times)
+                except Exception as error:  # no room for what is measured beside the time
+                    self._failed(rows[name], error)
         del running
         self._release()
+
+    def _conclude(
+        self,
+        case: Case,
+        provider: Provider,
+        running: Running,
+        batch: Batch,
+        row: Row,
+        times: Mapping[str, list[float]],
+    ) -> None:
+        """The row of a provider that was timed, and those of its step's parts."""
+        row |= self._measured(provider, running, batch, times[provider.name])
+        seconds = row["median"] / 1000
+        row["clips_per_s"] = round(case.clips / seconds, 4)
+        row["utilisation"] = round(row["flops"] / seconds / dense_bf16_rate(self.device), 4)
+        if "plain" in times:
+            row |= _speedup(times["plain"], times[provider.name])
+        self.report.add(row)
+        self._phases(case, provider.name, running, batch)
 
     def ablation(self, case: Case, group: Ablation) -> None:
         """What each change of `group` alone is worth, beside the provider without it."""
@@ -273,9 +289,8 @@ def _groups(chosen: Mapping[str, Provider], running: Mapping[str, Running]) -> l
     """
     recorded = [n for n in running if chosen[n].settings.get("train.cuda_graphs") == "on"]
     others = [name for name in running if name not in recorded]
-    groups = [others] + [[name for name in ("plain",) if name in others] + recorded] * bool(
-        recorded
-    )
+    beside = [name for name in others if name == "plain"]
+    groups = [others, beside + recorded if recorded else []]
     return [group for group in groups if group]
 
 

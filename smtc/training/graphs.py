@@ -17,7 +17,6 @@ WARM_UP, WARM_UP_PARALLEL = 3, 11
 """Steps before the recording; DistributedDataParallel rebuilds its buckets within the first ten."""
 
 Compute = Callable[[Iterator[Batch]], dict[str, Tensor]]
-Record = Callable[[Callable[[], Tensor], torch.cuda.Stream], Callable[[], Tensor]]
 
 
 def record(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> Callable[[], Tensor]:

@@ -220,6 +220,19 @@ def test_gradients_are_forgotten_on_request() -> None:
     assert all(parameter.grad is None for parameter in running._trained)
 
 
+def test_recorded_steps_are_timed_last_beside_the_literal_one() -> None:
+    def groups(*names: str) -> list[list[str]]:
+        running = {name: Running(lambda batch, number: {}, []) for name in names}
+        return step._groups({name: PROVIDERS[name] for name in names}, running)
+
+    assert groups("plain", "triton", "triton+graphs") == [
+        *(["plain", "triton"], ["plain", "triton+graphs"])
+    ]
+    assert groups("triton", "triton+graphs") == [["triton"], ["triton+graphs"]]
+    assert groups("plain", "compile") == [["plain", "compile"]]
+    assert groups() == []
+
+
 # The command.
 
 
@@ -273,6 +286,25 @@ def test_what_is_wrong_or_fails_is_not_timed(
     bad, plain = rows(tmp_path, "provider")
     assert "median" in plain and "median" not in bad
     assert re.search(told, bad["error"])
+
+
+def test_what_fails_after_it_was_timed_costs_its_own_row_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter([torch.OutOfMemoryError("no room"), 5.0])
+
+    def peak(function: Callable[[], object], device: str) -> float:
+        found = next(peaks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(step, "peak_memory", peak)
+    chosen = ("plain", "eager-fp32")
+    assert step.run(tmp_path, providers=chosen, seconds=0.01, device="cpu") == 0
+    plain, ours = rows(tmp_path, "provider")
+    assert "no room" in plain["error"] and "median" not in plain
+    assert ours["peak_mb"] == 5.0 and ours["speedup"] > 0
 
 
 def test_what_a_change_is_worth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
