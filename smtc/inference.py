@@ -54,7 +54,7 @@ class InferenceSettings:
 
 
 PRESETS = {
-    "ours": InferenceSettings(),
+    "default": InferenceSettings(),
     # The authors' multi-object script, with its Kinetics statistics.
     "official": InferenceSettings(
         size=(480, 800),
@@ -115,7 +115,7 @@ def segment(
     model: SMTC,
     frames: Pixels | Sequence[Pixels],
     *,
-    preset: str | InferenceSettings = "ours",
+    preset: str | InferenceSettings = "default",
     batch: int = 1,
 ) -> Segmentation:
     """Find the objects of a video.
@@ -123,7 +123,7 @@ def segment(
     Args:
         model: an `SMTC`, on any device; it runs in eval mode and without gradients.
         frames: RGB uint8 `[F,h,w,3]`, or F images `[h,w,3]` of one size.
-        preset: "ours", "official" (the authors' multi-object script) or settings of one's own.
+        preset: "default", "official" (the authors' multi-object script) or settings of one's own.
         batch: windows of four frames that the model sees at once.
 
     Raises:
@@ -182,7 +182,7 @@ def predict(
     model: SMTC,
     frames: Iterable[Pixels],
     *,
-    settings: InferenceSettings = PRESETS["ours"],
+    settings: InferenceSettings = PRESETS["default"],
     batch: int = 1,
 ) -> Prediction:
     """Run the model over windows of four consecutive frames.
@@ -373,7 +373,7 @@ def segment_folder(
     folder: str | Path,
     output: str | Path,
     *,
-    preset: str | InferenceSettings = "ours",
+    preset: str | InferenceSettings = "default",
     batch: int = 1,
 ) -> Path:
     """Segment the video whose JPEG or PNG frames lie in `folder`.

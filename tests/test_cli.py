@@ -280,7 +280,7 @@ def test_train_then_segment_then_evaluate(
     assert str(run) in manifest
 
 
-@pytest.mark.parametrize("preset", ["ours", "official"])
+@pytest.mark.parametrize("preset", ["default", "official"])
 def test_segment_takes_the_preset(
     cli: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:

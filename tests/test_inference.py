@@ -178,7 +178,7 @@ def test_frames_that_are_no_video_are_refused(frames, sentence):
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(UserError, match="'authors'; choose from ours, official"):
+    with pytest.raises(UserError, match="'authors'; choose from default, official"):
         segment(ColourModel(), scene(), preset="authors")
     for batch in (0, -1, 1.5):
         with pytest.raises(UserError, match=f"batch is {batch}; give a whole number"):

@@ -15,7 +15,8 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from smtc.evaluation.datasets import EvaluationVideo
-from smtc.evaluation.discovery import Row, label_frames, mean_row, score_video
+from smtc.evaluation.discovery import Row
+from smtc.evaluation.protocols import label_frames, mean_row, score_video
 from smtc.inference import evaluating
 from smtc.model import SMTC
 from smtc.pipelines.views import prepare_frames

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from smtc.config import EvalConfig
 from smtc.errors import UserError
-from smtc.evaluation.datasets import EvaluationVideo, open_dataset
-from smtc.evaluation.discovery import PROTOCOLS, Protocol
-from smtc.inference import Prediction, predict
+from smtc.evaluation.datasets import open_dataset
+from smtc.evaluation.protocols import PROTOCOLS, Found, Protocol, found_in
+from smtc.inference import PRESETS, predict
 from smtc.model import SMTC
 from smtc.training import distributed
 from smtc.training.distributed import World
@@ -40,15 +39,16 @@ class HeldOut:
         for index in range(self._world.rank, len(self._videos), self._world.size):
             video = self._videos[index]
             frames, truth = video.load()
-            mine.append((index, self._protocol.score(predict(model, frames), video, truth)))
-        found = dict(pair for part in distributed.gather(mine) for pair in part)
-        return self._protocol.summarise([found[index] for index in sorted(found)])
+            found = found_in(
+                predict(model, frames), video.annotated, truth.shape[1:], PRESETS["default"]
+            )
+            mine.append((index, self._protocol.score(found, truth)))
+        scores = dict(pair for part in distributed.gather(mine) for pair in part)
+        return self._protocol.summarise([scores[index] for index in sorted(scores)])
 
 
 def _score_names(protocol: Protocol) -> list[str]:
     """What `protocol` calls its scores, found by scoring a video of three empty frames."""
-    files = [Path()] * 3
-    prediction = Prediction(torch.ones(3, 1, 2, 2), torch.ones(3, 1, 1, 2, 2), torch.ones(3, 1, 1))
     nothing = np.zeros((3, 2, 2), np.uint8)
-    video = EvaluationVideo("", files, list(files))
-    return list(protocol.summarise([protocol.score(prediction, video, nothing)]))
+    found = Found(semantic=nothing, instances=nothing, regions=nothing)
+    return list(protocol.summarise([protocol.score(found, nothing)]))

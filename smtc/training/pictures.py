@@ -23,7 +23,7 @@ def mask_picture(model: SMTC, clip: Tensor) -> Pixels | None:
     frames = _as_pixels(clip)
     prediction = predict(model, frames)
     size = frames.shape[1:3]
-    found = [render(prediction, index, size, PRESETS["ours"]) for index in range(len(frames))]
+    found = [render(prediction, index, size, PRESETS["default"]) for index in range(len(frames))]
     return clip_sheet(
         list(frames),
         [frame.semantic for frame in found],

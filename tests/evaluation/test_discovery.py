@@ -12,9 +12,9 @@ from colour_model import GREEN, GREY, RED, ColourModel
 from PIL import Image
 
 from smtc.errors import UserError
-from smtc.evaluation import baselines, discovery, manifest, metrics
+from smtc.evaluation import baselines, discovery, manifest, metrics, protocols
 from smtc.evaluation.datasets import open_dataset
-from smtc.inference import predict, segment
+from smtc.inference import PRESETS, predict, segment
 from smtc.model import SMTC
 
 KINDS = ("", "border_", "best_slot_")
@@ -56,7 +56,7 @@ def test_scores_of_a_video_are_those_of_its_frames():
     rng = np.random.default_rng(0)
     predicted, true = rng.integers(0, 5, (2, 3, 24, 24))
     true[1] = 0
-    found = discovery.score_video(predicted, true, true)
+    found = protocols.score_video(predicted, true, true)
     for name, score in (
         ("ari", metrics.adjusted_rand_index),
         ("fg_iou", metrics.foreground_iou),
@@ -67,7 +67,7 @@ def test_scores_of_a_video_are_those_of_its_frames():
         assert found[name].tolist() == pytest.approx(wanted, nan_ok=True)
     assert found["instance_ari"].tolist() == [1, 1, 1]
     assert found["instance_miou"][[0, 2]].tolist() == [1, 1]
-    assert "instance_ari" not in discovery.score_video(predicted, true)
+    assert "instance_ari" not in protocols.score_video(predicted, true)
 
 
 def test_foreground_by_instances_by_the_border_and_by_the_best_slot():
@@ -77,7 +77,7 @@ def test_foreground_by_instances_by_the_border_and_by_the_best_slot():
     predicted[:, 5:15, 20:22] = 6
     instances = np.where(predicted == 4, 9, 0)
     instances[:, 18:] = 5
-    found = discovery.score_foreground(instances, predicted, true)
+    found = protocols.score_foreground(instances, predicted, true)
     assert found["j"].tolist() == pytest.approx([100 / 188] * 4)
     assert 0 < found["f"].max() < 1
     assert found["border_j"].tolist() == [1] * 4 and found["border_f"].tolist() == [1] * 4
@@ -109,7 +109,7 @@ def test_the_best_slot_is_one_for_the_video():
 
 
 def best_j(predicted, true):
-    return discovery.score_foreground(true, predicted, true)["best_slot_j"].tolist()
+    return protocols.score_foreground(true, predicted, true)["best_slot_j"].tolist()
 
 
 def test_the_foreground_of_davis_is_that_of_segment(world):
@@ -117,7 +117,10 @@ def test_the_foreground_of_davis_is_that_of_segment(world):
     model = ColourModel(scores=((1, 1), (0.4, 0.4), (1, 1)), resolution=(64, 96))
     video = open_dataset("davis2016", world)[0]
     frames, truth = video.load()
-    scores = discovery.PROTOCOLS["davis2016"].score(predict(model, frames), video, truth)
+    found = protocols.found_in(
+        predict(model, frames), video.annotated, truth.shape[1:], PRESETS["default"]
+    )
+    scores = protocols.PROTOCOLS["davis2016"].score(found, truth)
     segmented = segment(model, frames).masks > 0
     assert scores["j"].tolist() == metrics.region_similarity(segmented, truth > 0).tolist()
     assert scores["f"].tolist() == metrics.boundary_f(segmented, truth > 0).tolist()
@@ -127,11 +130,11 @@ def test_the_foreground_of_davis_is_that_of_segment(world):
 def test_averages_pool_frames_and_drop_a_sequences_ends():
     long = {"j": np.array([0, 0.5, 0.7, 0.9, 0.3])}
     short = {"j": np.array([1, 0.1, math.nan, 1])}
-    found = discovery.davis_row([long, short])
+    found = protocols.davis_row([long, short])
     assert found["j_frames"] == pytest.approx((2.4 + 2.1) / 8)
     assert found["j_sequences"] == pytest.approx((0.7 + 0.1) / 2)
-    assert math.isnan(discovery.davis_row([{"j": np.array([1.0, 1.0])}])["j_sequences"])
-    assert discovery.mean_row([long, short]) == pytest.approx({"j": 4.5 / 8})
+    assert math.isnan(protocols.davis_row([{"j": np.array([1.0, 1.0])}])["j_sequences"])
+    assert protocols.mean_row([long, short]) == pytest.approx({"j": 4.5 / 8})
 
 
 def test_a_model_that_sees_the_objects_scores_high(world, tmp_path):
@@ -195,8 +198,11 @@ def test_frames_without_masks_are_seen_but_not_scored(world, protocol, score):
     video = open_dataset("davis2016", world)[0]
     video.annotations[0] = video.annotations[3] = None
     frames, truth = video.load()
-    found = discovery.PROTOCOLS[protocol].score(discovery.predict(seeing(), frames), video, truth)
-    assert len(found[score]) == 3 and found[score].min() > 0.9
+    found = protocols.found_in(
+        predict(seeing(), frames), video.annotated, truth.shape[1:], PRESETS["default"]
+    )
+    scores = protocols.PROTOCOLS[protocol].score(found, truth)
+    assert len(scores[score]) == 3 and scores[score].min() > 0.9
 
 
 def test_samples_show_what_segment_gives(world):

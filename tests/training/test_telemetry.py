@@ -272,7 +272,7 @@ def test_a_picture_shows_the_clip_and_its_masks(tiny_config: TinyConfig) -> None
     assert places[0][0] == places[1][0] == places[2][0]
     assert places[0][1] < places[1][1] < places[2][1]
     prediction = predict(model, (255 * clip).round().byte().movedim(1, -1).numpy())
-    found = [render(prediction, index, (32, 32), PRESETS["ours"]) for index in range(3)]
+    found = [render(prediction, index, (32, 32), PRESETS["default"]) for index in range(3)]
     for shown, labels, palette in (
         (1, [frame.semantic for frame in found], plain_palette(prediction.background)),
         (2, [frame.mask for frame in found], object_palette()),
