@@ -62,7 +62,7 @@ def correlation_projection(
         arguments.tensor("bias", bias, "E")
     if index is not None:
         arguments.tensor("index", index, "B", [torch.int64])
-        if len(index) and index.device.type == "cpu" and not torch.compiler.is_compiling():
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and len(index):
             least, most = int(index.min()), int(index.max())
             if least < 0 or most >= len(reference):
                 arguments.fail("index", f"values in 0…{len(reference) - 1}", f"{least}…{most}")

@@ -229,7 +229,7 @@ class VisionTransformer(Encoder):
 
     def features(self, frames: Tensor, depth: Tensor | None = None) -> Tensor:
         x = self.embed(frames)
-        scales = self.branch_scales(len(x), depth)
+        scales = self.branch_scales(x.shape[0], depth)
         last = self.blocks[-1]
         assert isinstance(last, Block)
         for block, scale in zip(self.blocks[:-1], scales, strict=False):
@@ -262,7 +262,7 @@ class VisionTransformer(Encoder):
         """CLS and patch tokens with their positions: `[B,3,H,W]` to `[B,1+L,D]`."""
         rows, columns = self.grid(frames)
         patches = self.patch_embed(frames)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if self.config.position_embedding == "learned":
             x = x + self.positions(rows, columns)
         return x

@@ -49,7 +49,7 @@ class SlotAttention(nn.Module):
         """
         inputs = self.norm_input(fused)
         keys, values = self.project_k(inputs), self.project_v(inputs)
-        start = self.slots_mu.expand(len(fused), -1, -1, -1).transpose(1, 2)  # [B,1,N,D]
+        start = self.slots_mu.expand(fused.shape[0], -1, -1, -1).transpose(1, 2)  # [B,1,N,D]
         slots, logits = self._iterate(start, keys, values, None, iterations)
         semantic_slots, semantic_logits = slots[:, 0], logits[:, 0]
 
