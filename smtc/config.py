@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from smtc.errors import UserError
+from smtc.public_weights import published
 
 
 def _require(holds: bool, sentence: str) -> None:
@@ -32,7 +33,9 @@ class BackboneConfig:
     patch: int = 16
     """Pixels on a token's side (8 or 16 for DINO's weights; 16 for resnet50)."""
     weights: str | None = None
-    """A DINO, MoCo or converted encoder file to start from."""
+    """What the encoder starts from: dino (vit_small of patch 8 or 16) or moco (resnet50), which are
+    downloaded once; a DINO, MoCo or converted encoder file (./dino is one); or none.
+    """
     feature: Literal["keys", "tokens"] = "keys"
     """keys: the last block's keys, no final norm; tokens: the last block's output, no final norm.
     """
@@ -56,6 +59,9 @@ class BackboneConfig:
             0 <= self.drop_path < 1,
             f"model.backbone.drop-path is {self.drop_path}; it must lie in [0, 1).",
         )
+        if self.weights == "none":
+            object.__setattr__(self, "weights", None)
+        published(self.weights, self.architecture, self.patch)
         if self.architecture == "resnet50":
             _require(
                 self.patch == 16,

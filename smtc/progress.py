@@ -28,13 +28,14 @@ def bar(
     *, total: int | None, title: str, unit: str = "it", initial: int = 0, shown: bool = True
 ) -> tqdm:
     """A progress bar with an ETA. Where standard error is no terminal (a log file), a line every 10
-    s.
+    s. Units of `B` are bytes, shown as MB.
     """
     live = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
     return tqdm(
         total=total,
         desc=title,
         unit=unit,
+        unit_scale=unit == "B",
         initial=initial,
         disable=not shown,
         dynamic_ncols=live,

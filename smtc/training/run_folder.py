@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from smtc.config import Config, flatten, to_dict
 from smtc.errors import UserError
 from smtc.evaluation.manifest import commit, versions
+from smtc.public_weights import PUBLIC_NAMES
 
 # Settings that change how a run computes, not what it computes: a run may continue with others.
 _FREE_TO_CHANGE = {
@@ -44,7 +45,8 @@ _FREE_TO_CHANGE = {
 }
 
 # The same place may be named in several ways.
-_PATHS = {"data.root", "init", "model.backbone.weights"}
+_WEIGHTS = "model.backbone.weights"  # or a name
+_PATHS = {"data.root", "init", _WEIGHTS}
 
 _LOCK, _CONFIG = ".lock", "config.json"
 # What a program that died before it had written the settings leaves.
@@ -156,9 +158,13 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: str(Path(value).resolve()) if key in _PATHS and isinstance(value, str) else value
+        key: str(Path(value).resolve()) if isinstance(value, str) and _is_path(key, value) else value
         for key, value in flatten(settings).items()
     }
+
+
+def _is_path(key: str, value: str) -> bool:
+    return key in _PATHS and not (key == _WEIGHTS and value in PUBLIC_NAMES)
 
 
 def write_json(path: Path, values: Any) -> None:
