@@ -3,15 +3,15 @@
 import contextlib
 import io
 import re
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from smtc import presets
-from smtc.config import Config, from_dict, to_dict
+from smtc.config import Config
 from smtc.errors import UserError
+from smtc.settings_file import SettingsFile
 
 Settings = TypeVar("Settings")
 
@@ -40,10 +40,7 @@ def parse_config(arguments: list[str]) -> Config:
     """The config of `smtc train`'s arguments: a preset, then a TOML file, then flags."""
     preset, arguments = take("--preset", arguments)
     file, arguments = take("--config", arguments)
-    changes = {} if file is None else _read_toml(Path(file))
-    in_file = changes.pop("preset", "fixed")
-    default = presets.get(str(in_file if preset is None else preset))
-    default = from_dict(Config, _overlay(to_dict(default), changes))
+    default = _default(preset, None if file is None else SettingsFile(Path(file)))
     arguments = [_long_name(argument) for argument in arguments]
     description = (
         "Train on a folder of videos, or go on with the run in the output folder.\n\n"
@@ -52,6 +49,19 @@ def parse_config(arguments: list[str]) -> Config:
         "--data DIR is short for --data.root DIR."
     )
     return parse(Config, "train", arguments, description=description, default=default)
+
+
+def _default(preset: str | None, file: SettingsFile | None) -> Config:
+    """The settings that flags change: those of the preset, changed by the file."""
+    if file is None:
+        return presets.get(preset or "fixed")
+    if preset is not None or file.preset is None:
+        return file.over(presets.get(preset or "fixed"))
+    try:
+        start = presets.get(file.preset)
+    except UserError as error:
+        raise UserError(file.at("preset", str(error))) from None
+    return file.over(start)
 
 
 def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -74,33 +84,3 @@ def take(flag: str, arguments: list[str]) -> tuple[str | None, list[str]]:
 def _long_name(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return _SHORT_NAMES.get(name, name) + equals + value
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        values = _underscored(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"The settings file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"The settings file {path} is no valid TOML: {error}.") from error
-    if isinstance(values.get("data"), str):  # the short name, as on the command line
-        values["data"] = {"root": values["data"]}
-    return values
-
-
-def _underscored(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys may be written as on the command line, with dashes."""
-    return {
-        key.replace("-", "_"): _underscored(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-    }
-
-
-def _overlay(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _overlay(merged[key], value)
-        else:
-            merged[key] = value
-    return merged

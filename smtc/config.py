@@ -477,10 +477,19 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in flatten(to_dict(self)).items():
+            _require(value != "", f"{name.replace('_', '-')} is empty; leave it out instead.")
             _require(
                 not isinstance(value, float) or math.isfinite(value),
                 f"{name.replace('_', '-')} is {value}; it must be a finite number.",
             )
+
+
+_TYPES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text in quotes",
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -538,10 +547,10 @@ def _typed(hint: Any, value: Any, name: str) -> Any:
     if origin is tuple:
         _require(
             isinstance(value, list | tuple) and len(value) == len(arguments),
-            f"{name} needs {len(arguments)} values.",
+            f"{name} is {value!r}; it needs a list of {len(arguments)} values.",
         )
         return tuple(_typed(a, v, name) for a, v in zip(arguments, value, strict=True))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _require(type(value) is hint, f"{name} is {value!r}; it should be of type {hint.__name__}.")
+    _require(type(value) is hint, f"{name} is {value!r}; it should be {_TYPES[hint]}.")
     return value

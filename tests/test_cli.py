@@ -119,37 +119,6 @@ def test_a_runs_settings_can_be_given_as_a_file(tiny_run: Path, tmp_path: Path) 
     assert config == from_dict(Config, flat)
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("[train]\nstepz = 3\n", "stepz"),
-        ("sped = 3\n", "sped"),
-        ('[train]\nsteps = "many"\n', r"train\.steps is 'many'; it should be of type int"),
-        ("[train]\nsteps = 1.5\n", r"train\.steps is 1\.5; it should be of type int"),
-        ("[train]\nsteps = true\n", r"train\.steps is True"),
-        ("train = 3\n", r"train\."),
-        ('[model]\nupdate = "lstm"\n', r"model\.update is 'lstm'; choose from 'gru', 'residual'"),
-        ("[model]\nresolution = [64]\n", r"model\.resolution needs 2 values"),
-        ("[model]\nslots = 0\n", r"model\.slots is 0"),
-        ("[train\n", r"settings\.toml is no valid TOML"),
-    ],
-)
-def test_a_bad_file_is_named(refused: Command, tmp_path: Path, text: str, told: str) -> None:
-    file = write(tmp_path / "settings.toml", text)
-    said = refused("train", "--config", file, "--output", tmp_path / "run")
-    assert re.search(told, said), said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["settings.toml"]
-
-
-def test_a_file_that_is_missing_or_no_text(refused: Command, tmp_path: Path) -> None:
-    missing = tmp_path / "none.toml"
-    assert f"{missing} cannot be read (No such file" in refused("train", "--config", missing)
-    assert "cannot be read" in refused("train", "--config", tmp_path)
-    binary = tmp_path / "binary.toml"
-    binary.write_bytes(b"\xff\xfe\x00")
-    assert "binary.toml is no valid TOML" in refused("train", "--config", binary)
-
-
 @pytest.mark.parametrize("flag", ["--preset", "--config"])
 def test_a_flag_without_a_value(refused: Command, flag: str) -> None:
     assert f"{flag} needs a value" in refused("train", flag)
