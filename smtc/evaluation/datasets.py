@@ -1,70 +1,16 @@
 """Data sets with masks, as lists of files that are found and checked before anything runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from smtc.errors import UserError
-from smtc.pipelines.images import FRAME_SUFFIXES, BadFrame, read_ids, read_image
+from smtc.evaluation.videos import EvaluationVideo, read_mask
+from smtc.pipelines.images import FRAME_SUFFIXES
 
-Pixels = NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class EvaluationVideo:
-    """The files of one video; `annotations` and `categories` run parallel to `frames`."""
-
-    name: str
-    frames: list[Path]
-    annotations: list[Path | None]
-    """The mask of each frame, None where a data set annotates only some."""
-    categories: list[Path] | None = None
-    """Category ids of each frame, where the data set has them."""
-
-    def load_frames(self) -> Pixels:
-        """All frames, RGB uint8 `[F,h,w,3]`; a bad or odd-sized one is a `UserError`."""
-        return _stack([read_image(path) for path in self.frames], self.frames)
-
-    def load(self) -> tuple[Pixels, Pixels]:
-        """All frames, and ids uint8 `[A,h,w]` of the `annotated` ones; errors as `load_frames`."""
-        frames = self.load_frames()
-        paths = [path for path in self.annotations if path is not None]
-        masks = _stack([read_mask(path) for path in paths], paths)
-        if masks.shape[1:] != frames.shape[1:3]:
-            raise BadFrame(paths[0], "the annotation differs in size from its frame")
-        return frames, masks
-
-    @property
-    def annotated(self) -> list[int]:
-        """Positions of the frames that have a mask."""
-        return [index for index, path in enumerate(self.annotations) if path is not None]
-
-    @property
-    def files(self) -> list[Path]:
-        """All files that scores depend on."""
-        return [*self.frames, *(path for path in self.annotations if path is not None)]
+__all__ = ["DATASETS", "EvaluationVideo", "open_dataset", "read_mask"]
 
 
-def read_mask(path: str | Path) -> Pixels:
-    """The ids `[h,w]` of a palette or 8-bit grey PNG, as stored; `BadFrame` names a bad file."""
-    try:
-        return read_ids(path)
-    except BadFrame as error:
-        raise BadFrame(path, f"annotation, {error.reason}") from None
-
-
-def _stack(images: list[Pixels], paths: list[Path]) -> Pixels:
-    for image, path in zip(images, paths, strict=True):
-        if image.shape != images[0].shape:
-            size, first = (f"{shape[1]}x{shape[0]}" for shape in (image.shape, images[0].shape))
-            raise BadFrame(path, f"its size {size} is not that of the video's first, {first}")
-    return np.stack(images)
-
-
-def open_dataset(name: str, root: str | Path) -> list[EvaluationVideo]:
+def open_dataset(name: str, root: str | Path, *, penguin: bool = False) -> list[EvaluationVideo]:
     """The videos of data set `name` ("synthetic" or "davis2016") in folder `root`, sorted by name.
 
     Raises `UserError` for an unknown name, a missing folder, list, video or mask, or a count of
@@ -131,7 +77,7 @@ def _video(root: Path, name: str, *, categories: bool) -> EvaluationVideo:
     kinds = None
     if categories and (root / "Categories").is_dir():
         kinds = _masks(_layout(root, "Categories") / name, frames)
-    return EvaluationVideo(name, frames, list(annotations), kinds)
+    return EvaluationVideo(name, frames, [(path,) for path in annotations], kinds)
 
 
 def _masks(folder: Path, frames: list[Path]) -> list[Path]:

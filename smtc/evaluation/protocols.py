@@ -3,8 +3,10 @@
 A protocol scores what a method sees in a video (`Found`), whatever the method is.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,8 @@ from smtc.inference import InferenceSettings, Prediction, render, winners
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.integer]
 FrameScores = dict[str, NDArray[np.float64]]
-"""Scores of one video by name, float64 `[frames]`; NaN where a score is not defined."""
+"""Scores of one video by name, float64 `[frames]` (DAVIS-2017: `[objects, frames]`); NaN where a
+score is not defined. `scores_to_json` and `scores_from_json` write and read them exactly."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +149,29 @@ def _score_davis(found: Found, true: Pixels) -> FrameScores:
     return score_foreground(found.instances, found.semantic, true)
 
 
+def scores_to_json(scores: FrameScores) -> dict[str, Any]:
+    """Scores as lists that strict JSON holds exactly, null for NaN."""
+    return {name: _without_nan(values.tolist()) for name, values in scores.items()}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if math.isnan(value) else value
+
+
+def scores_from_json(values: Mapping[str, Any]) -> FrameScores:
+    """What `scores_to_json` was given, to the last bit."""
+    return {name: np.array(kept, np.float64) for name, kept in values.items()}
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """How a data set is scored and averaged."""
+    """How a data set is scored and averaged.
+
+    The scores of one video are a dict of float64 arrays. A caller may keep them as JSON
+    (`scores_to_json`, `scores_from_json`) and average them later to the same numbers.
+    """
 
     score: Callable[[Found, Pixels], FrameScores]
     """Of what was found in a video and its true ids `[A,h,w]`."""

@@ -66,7 +66,7 @@ def test_the_real_sample(davis2016):
     videos = open_dataset("davis2016", davis2016)
     swan = next(video for video in videos if video.name == "blackswan")
     assert len(swan.frames) == 50
-    assert np.unique(read_mask(swan.annotations[7])).tolist() == [0, 255]
+    assert np.unique(read_mask(swan.annotations[7][0])).tolist() == [0, 255]
 
 
 def test_what_is_not_whole_is_named(davis_like):
@@ -110,7 +110,7 @@ def test_what_is_no_data_set_is_named(tmp_path):
 
 def test_damaged_files_are_named(davis_like):
     video = open_dataset("davis2016", davis_like)[0]
-    mask, frame = video.annotations[1], video.frames[2]
+    mask, frame = video.annotations[1][0], video.frames[2]
     whole = mask.read_bytes()
     mask.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a/00001\.png: annotation, the file is cut short"):
@@ -119,12 +119,12 @@ def test_damaged_files_are_named(davis_like):
     with pytest.raises(UserError, match=r"a/00001\.png: annotation, .* mode RGB"):
         video.load()
     Image.fromarray(np.zeros((10, 11), np.uint8)).save(mask)
-    with pytest.raises(UserError, match=r"00001\.png: its size 11x10 .* first, 12x10"):
+    with pytest.raises(UserError, match=r"00001\.png: the mask's size 11x10 .* frames, 12x10; use"):
         video.load()
     mask.write_bytes(whole)
-    for path in video.annotations:
+    for (path,) in video.annotations:
         Image.fromarray(np.zeros((10, 11), np.uint8)).save(path)
-    with pytest.raises(UserError, match="differs in size from its frame"):
+    with pytest.raises(UserError, match=r"00000\.png: the mask's size 11x10 .* 12x10"):
         video.load()
     frame.write_bytes(b"")
     with pytest.raises(UserError, match=r"a/00002\.jpg: the file is empty"):
