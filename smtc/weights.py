@@ -39,6 +39,7 @@ __all__ = [
     "Report",
     "checkpoint_hash",
     "convert",
+    "load_encoder",
     "load_encoder_weights",
     "load_init",
     "load_into",
@@ -116,6 +117,26 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> Report:
     return _adopt(encoder, source, state, absent)
 
 
+def load_encoder(path: str | Path) -> Encoder:
+    """The encoder alone of a file that `load_encoder_weights` takes, in eval mode on the CPU.
+
+    Its settings stand beside weights of ours and follow from the shapes of public files. A head
+    that the file lacks (the projection of a MoCo file) is drawn from a fixed seed.
+    """
+    source = _read(path)
+    if source.ours:
+        config = _read_backbone(source.file.parent)
+    elif source.is_smtc:
+        config = presets.official_v2().model.backbone
+    else:
+        config = _detect_backbone(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = build_encoder(config)
+    load_encoder_weights(encoder, path)
+    return encoder.eval()
+
+
 def load_init(model: SMTC, path: str | Path) -> Report:
     """Start `model` from a run folder, a model folder or a .safetensors file of ours (`--init`).
 
@@ -176,6 +197,23 @@ def _more(names: list[str]) -> str:
 
 
 def _read_config(folder: Path) -> ModelConfig:
+    settings = _read_settings(folder)
+    if settings.get("kind") != "model":
+        raise UserError(
+            f"{folder / CONFIG_FILE} does not describe an SMTC model; give a model folder of ours."
+        )
+    return from_dict(ModelConfig, settings.get("model", {}), "model.")
+
+
+def _read_backbone(folder: Path) -> BackboneConfig:
+    """The encoder's settings in the folder of a whole model or of an encoder alone."""
+    settings = _read_settings(folder)
+    if settings.get("kind") == "encoder":
+        return from_dict(BackboneConfig, settings.get("backbone", {}), "backbone.")
+    return _read_config(folder).backbone
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -185,13 +223,13 @@ def _read_config(folder: Path) -> ModelConfig:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is damaged or cannot be read; copy the folder again.") from error
-    if not isinstance(settings, dict) or settings.get("kind") != "model":
+    if not isinstance(settings, dict) or "kind" not in settings:
         raise UserError(f"{file} does not describe an SMTC model; give a model folder of ours.")
     if settings.get("format") != FORMAT:
         raise UserError(
             f"{file} has format {settings.get('format')}, this version reads {FORMAT}; update smtc."
         )
-    return from_dict(ModelConfig, settings.get("model", {}), "model.")
+    return settings
 
 
 def _override(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
