@@ -163,15 +163,20 @@ class SMTC(nn.Module):
         return F.normalize(self.mlp_slot(instance_slots).float(), dim=-1)
 
     def _draw_noise(self, batch: int, frames: int, device: torch.device) -> Tensor:
-        shape = self.config.slots, self.config.instances, self.width
         if self.training:
+            shape = self.config.slots, self.config.instances, self.width
             return torch.randn(batch, frames, *shape, device=device)
-        # The same for every frame of every clip: a clip's result does not depend on the batch it
-        # sits in, and an instance slot starts alike in all frames, so that its number stays.
+        return self.inference_noise(device).expand(batch, frames, -1, -1, -1)
+
+    def inference_noise(self, device: torch.device) -> Tensor:
+        """The noise that evaluation takes: `[N,P,D]`, float32.
+
+        The same for every frame of every clip: a clip's result does not depend on the batch it sits
+        in, and an instance slot starts alike in all frames, so that its number stays.
+        """
+        shape = self.config.slots, self.config.instances, self.width
         index = torch.zeros(1, dtype=torch.int64, device=device)
-        return keyed_normal(_INFERENCE_NOISE_SEED, index, 0, shape).expand(
-            batch, frames, -1, -1, -1
-        )
+        return keyed_normal(_INFERENCE_NOISE_SEED, index, 0, shape)[0]
 
     def _draw_reference(self, batch: int, frames: int, device: torch.device) -> Tensor:
         """For each frame the frame it is correlated with: int64 `[B,T]`."""
