@@ -211,6 +211,11 @@ def model_file(path: Path) -> Path:
     for file in (path / MODEL_FILE, path / "model" / MODEL_FILE):
         if file.exists():
             return file
+    if (path / "checkpoints").is_dir() and (path / "config.json").exists():
+        raise UserError(
+            f"{path} is a run that has not ended: it holds no model/{MODEL_FILE} yet; give its "
+            "`smtc train` command again, which goes on to the end."
+        )
     raise UserError(
         f"{path} holds no {MODEL_FILE} and no model/{MODEL_FILE}; name a run folder whose training "
         "has ended, a model folder or a file."

@@ -34,6 +34,7 @@ from smtc.weight_files import (
     read_checkpoint,
     read_source,
 )
+from smtc.weight_settings import check_settings, shapes_told
 
 __all__ = [
     "Report",
@@ -149,6 +150,7 @@ def load_init(model: SMTC, path: str | Path) -> Report:
             f"{source.file} is no file of ours, which --init expects; turn it into one with "
             "`smtc convert`, or give an encoder to --model.backbone.weights."
         )
+    check_settings(source.file, model.config)
     absent = {name.partition(".")[0] + "." for name in model.state_dict()} - {"encoder."}
     if any(not name.startswith("encoder.") for name in source.tensors):
         absent = set()
@@ -177,7 +179,8 @@ def _check(expected: Mapping[str, Tensor], state: Mapping[str, Any], where: str 
     shapes = [n for n in expected if n in given and given[n] != tuple(expected[n].shape)]
     missing = [name for name in expected if name not in given]
     unknown = [name for name in given if name not in expected]
-    faults = []
+    told = (shapes_told(n, given[n], tuple(expected[n].shape)) for n in shapes)
+    faults = [fault for fault in told if fault is not None]
     if shapes:
         wanted = tuple(expected[shapes[0]].shape)
         faults.append(f"{shapes[0]} is {given[shapes[0]]} instead of {wanted}{_more(shapes)}")

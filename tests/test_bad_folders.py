@@ -40,7 +40,7 @@ def test_a_run_of_other_settings(
     command = train_flags(synthetic_data, tmp_path / "run")
     assert cli(*command).code == 0
     said = safe(*command, "--optim.lr", 0.5, "--train.log-every", 7)
-    assert "holds a run with other settings: optim.lr (0.008 → 0.5);" in said
+    assert "holds a run with other settings: optim.lr 0.008 (now 0.5);" in said
     assert cli(*command, "--train.log-every", 7).code == 0
 
 
@@ -190,16 +190,77 @@ def test_weights_that_cannot_be_started_from(
     bad = bad_weights[kind]
     said = safe(*train_flags(synthetic_data, tmp_path / "run", flag, bad))
     assert said.startswith("smtc: ") and str(bad) in said, said
+    assert (kind == "unfinished") == ("a run that has not ended" in said)
 
 
-@pytest.mark.parametrize("flag", ["--init", "--model.backbone.weights"])
-def test_starting_from_another_architecture(
-    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path, flag: str
+def test_an_encoder_of_another_architecture(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path
 ) -> None:
-    another = ["--model.backbone.patch", 16]
-    said = safe(*train_flags(synthetic_data, tmp_path / "run", flag, tiny_run, *another))
+    another = ["--model.backbone.weights", tiny_run, "--model.backbone.patch", 16]
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", *another))
     assert str(tiny_run / "model") in said
     assert "patch_embed.proj.weight is (64, 3, 8, 8) instead of (64, 3, 16, 16)" in said
+
+
+MADE_OTHERWISE = [
+    ("--model.slots 5", "model.slots 8 (the flags say 5); give --model.slots 8,"),
+    ("--model.instances 2", "model.instances 4 (the flags say 2); give --model.instances 4,"),
+    (
+        "--model.resolution 64 48",
+        "model.resolution 32 32 (the flags say 64 48); give --model.resolution 32 32,",
+    ),
+    (
+        "--model.slots 5 --model.backbone.patch 16",
+        "model.slots 8 (the flags say 5), model.backbone.patch 8 (the flags say 16); "
+        "give --model.slots 8 --model.backbone.patch 8, or other weights.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "told"), MADE_OTHERWISE)
+def test_starting_from_a_model_of_another_make(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path, flags: str, told: str
+) -> None:
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", "--init", tiny_run, *flags.split()))
+    assert f"{tiny_run / 'model' / 'model.safetensors'} was made with {told}" in said, said
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--model.slots 5", "it was made with model.slots 8, not 5;"),
+        ("--model.resolution 64 32", "it was made for a grid of 16 positions, not 32 (model.res"),
+    ],
+)
+def test_where_only_shapes_tell(
+    safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path, flags: str, told: str
+) -> None:
+    file = tmp_path / "copied.safetensors"
+    shutil.copy(tiny_run / "model" / "model.safetensors", file)
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", "--init", file, *flags.split()))
+    assert str(file) in said and told in said, said
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--model.slots 5", "model.slots 8 (now 5);"),
+        ("--model.instances 2", "model.instances 4 (now 2);"),
+        ("--model.resolution 64 48", "model.resolution 32 32 (now 64 48);"),
+    ],
+)
+def test_going_on_with_a_model_of_another_make(
+    safe: Command,
+    cli: Command,
+    synthetic_data: Path,
+    tiny_run: Path,
+    tmp_path: Path,
+    flags: str,
+    told: str,
+) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    said = safe(*train_flags(synthetic_data, tmp_path / "run", *flags.split()))
+    assert f"{tmp_path / 'run'} holds a run with other settings: " in said and told in said, said
 
 
 def test_an_encoder_alone_finds_no_objects(

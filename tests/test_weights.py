@@ -389,9 +389,13 @@ def test_init_refuses_what_does_not_fit(tmp_path: Path, files: Path) -> None:
         ({"patch": 16}, r"proj.weight is \(64, 3, 16, 16\) instead of \(64, 3, 8, 8\)"),
     ]
     for i, (settings, sentence) in enumerate(cases):
-        save_encoder(small_encoder(**settings), tmp_path / str(i))
+        folder = tmp_path / str(i)
+        save_encoder(small_encoder(**settings), folder)
+        with pytest.raises(UserError, match=r"was made with model\.backbone\."):
+            load_init(model, folder)
+        (folder / "config.json").unlink()  # then only the shapes tell
         with pytest.raises(UserError, match=sentence):
-            load_init(model, tmp_path / str(i))
+            load_init(model, folder)
     state = SMTC(SMALL).state_dict()
     del state["mlp_slot.0.weight"]
     safetensors.torch.save_file(state, tmp_path / "part.safetensors")

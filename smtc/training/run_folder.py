@@ -148,23 +148,33 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
         if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
     )
     if differing:
-        shown = ", ".join(f"{k} ({before.get(k)} → {now.get(k)})" for k in differing[:4])
+        shown = ", ".join(
+            f"{key.replace('_', '-')} {_shown(before.get(key))} (now {_shown(now.get(key))})"
+            for key in differing[:4]
+        )
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         raise UserError(
-            f"{written.parent} holds a run with other settings: {shown}{more}; "
+            f"{written.parent} holds a run with other settings: {shown}{more}; go on with its own, "
             "choose another --output or remove it."
         )
 
 
+def _shown(value: Any) -> str:
+    """As a flag takes it."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: str(Path(value).resolve()) if isinstance(value, str) and _is_path(key, value) else value
+        key: str(Path(value).resolve()) if _is_path(key, value) else value
         for key, value in flatten(settings).items()
     }
 
 
-def _is_path(key: str, value: str) -> bool:
-    return key in _PATHS and not (key == _WEIGHTS and value in PUBLIC_NAMES)
+def _is_path(key: str, value: Any) -> bool:
+    if key == _WEIGHTS and value in PUBLIC_NAMES:
+        return False
+    return key in _PATHS and isinstance(value, str)
 
 
 def write_json(path: Path, values: Any) -> None:
