@@ -104,7 +104,7 @@ class SMTCMethod(Method):
         if self.config.model.backbone.weights is None and self.config.init is None:
             logger.warning(
                 "The encoder starts from random weights, from which SMTC does not learn: give "
-                "--model.backbone.weights FILE (DINO, MoCo) or --init RUN."
+                "--model.backbone.weights dino (or moco, or a file) or --init RUN."
             )
         if self.config.model.backbone.weights is not None:
             report = load_encoder_weights(self.student.encoder, self.config.model.backbone.weights)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from smtc import presets
 from smtc.backbones import HEADS, VIT_SIZES, Encoder, build_encoder
 from smtc.config import BackboneConfig, ModelConfig, from_dict, to_dict
+from smtc.downloads import resolve_weights
 from smtc.errors import UserError
 from smtc.model import SMTC
 from smtc.weight_files import (
@@ -102,12 +103,13 @@ def load_into(model: nn.Module, state: Mapping[str, Any], where: str | Path) -> 
 
 
 def load_encoder_weights(encoder: Encoder, path: str | Path) -> Report:
-    """Start `encoder` from a DINO, MoCo or authors' file, or from weights of ours.
+    """Start `encoder` from a DINO, MoCo or authors' file, from weights of ours, or from public ones
+    by their name (a text: "dino", "moco"), which are downloaded unless they are there.
 
     The neck and the ResNet's projection stay as they are where the file has none; everything else
     of the encoder must be there. What is no part of the encoder is left out and reported.
     """
-    source = _read(path)
+    source = _read(resolve_weights(path, encoder.config))
     source = source.without(lambda name: not name.startswith("encoder."), "not the encoder")
     if encoder.config.position_embedding == "none":
         source = source.without(lambda n: n == "encoder.pos_embed", "position_embedding is none")

@@ -1,12 +1,14 @@
 """Many processes as one trainer: each function does nothing where there is only one."""
 
 import datetime
+import itertools
+import json
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ logger = logging.getLogger("smtc")
 Item = TypeVar("Item")
 
 _LAGGING_AFTER = 30.0  # seconds without a step of the slowest rank before it is named
+_ONCE = itertools.count()  # calls of `once_a_machine`; all processes count alike
+_ONCE_POLL = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,34 @@ def gather(value: Item) -> list[Item]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def once_a_machine(work: Callable[[], str]) -> str:
+    """What `work` gives in the first process of this machine, in all of its processes.
+
+    All of them have to call; those that do not work wait, however long it takes. An error of `work`
+    is a `UserError` in the others.
+    """
+    if not dist.is_initialized():
+        return work()
+    store = dist.distributed_c10d._get_default_store()
+    key = f"smtc/once/{os.environ.get('GROUP_RANK', 0)}/{next(_ONCE)}"
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        while not store.check([key]):
+            time.sleep(_ONCE_POLL)
+        outcome = json.loads(store.get(key))
+        if outcome["error"] is not None:
+            raise UserError(outcome["error"])
+        return str(outcome["result"])
+    outcome = {"error": None, "result": None}
+    try:
+        outcome["result"] = result = work()
+    except Exception as error:
+        outcome["error"] = str(error)
+        raise
+    finally:
+        store.set(key, json.dumps(outcome))
+    return result
 
 
 def check_same_start(module: nn.Module) -> None:
