@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from smtc.errors import UserError
+from smtc.pipelines.file_kinds import told
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -105,7 +106,9 @@ def _check_markers(path: str | Path, head: bytes, tail: bytes) -> None:
             if tail.rstrip(_PADDING).endswith(end):
                 return
             raise BadFrame(path, "the file is cut short")
-    raise BadFrame(path, "it is neither a JPEG nor a PNG file")
+    what = told(head)
+    also = "" if what is None else f" but {what}"
+    raise BadFrame(path, f"it is neither a JPEG nor a PNG file{also}")
 
 
 @functools.cache

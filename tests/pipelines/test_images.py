@@ -107,7 +107,7 @@ def test_other_bad_files_name_file_and_reason(tmp_path: Path) -> None:
     reasons = {
         "gone.jpg": "the file is missing",
         "empty.jpg": "the file is empty",
-        "text.jpg": "it is neither a JPEG nor a PNG file",
+        "text.jpg": "it is neither a JPEG nor a PNG file but a text file; download it again",
         "hollow.jpg": "it cannot be decoded",
         "directory.png": "it cannot be read (Is a directory)",
         "cut.png": "the file is cut short",

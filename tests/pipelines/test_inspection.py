@@ -149,7 +149,7 @@ def test_every_kind_of_broken_file_is_named(cli: Command, data: Path, picture: b
     expected = {
         "cut.jpg": "the file is cut short",
         "empty.png": "the file is empty",
-        "text.jpg": "it is neither a JPEG nor a PNG file",
+        "text.jpg": "it is neither a JPEG nor a PNG file but a text file; download it again",
         "noise.jpg": "its content is damaged (premature end of data segment)",
         "folder.jpg": "it is a folder or a device and no file",
         "pipe.jpg": "it is a folder or a device and no file",
