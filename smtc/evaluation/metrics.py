@@ -1,4 +1,5 @@
-"""Scores of masks and label maps: DAVIS's J and F, rand indices, matched and foreground IoU.
+"""Scores of masks and label maps: DAVIS's J and F, rand indices, matched and foreground IoU, and
+how well ids persist.
 
 Masks are bool `[frames,h,w]`; label maps are non-negative integers `[h,w]`, a true map's background
 being 0. A score that is not defined for a frame is NaN and left out of means.
@@ -8,6 +9,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -19,6 +21,8 @@ from smtc.errors import UserError
 Masks = NDArray[np.bool_]
 Labels = NDArray[np.integer]
 Floats = NDArray[np.float64]
+
+_PART = 32
 
 
 def region_similarity(predicted: Masks, true: Masks, void: Masks | None = None) -> Floats:
@@ -67,17 +71,59 @@ def _disk(radius: int) -> NDArray[np.uint8]:
 
 
 def _frame_f(predicted: Masks, true: Masks, disk: NDArray[np.uint8]) -> float:
-    found, wanted = _boundary(predicted), _boundary(true)
-    n_found, n_wanted = np.count_nonzero(found), np.count_nonzero(wanted)
-    if n_found == 0 or n_wanted == 0:
-        return float(n_found == n_wanted)
-    precision = np.count_nonzero(found & _near(wanted, disk)) / n_found
-    recall = np.count_nonzero(wanted & _near(found, disk)) / n_wanted
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+    return float(_pairs(predicted[None], true[None], disk)[1][0, 0])
+
+
+def pair_scores(predicted: Masks, true: Masks, void: Masks | None = None) -> tuple[Floats, Floats]:
+    """J and F of each of K masks with each of M others, all of one frame.
+
+    Args: bool `[K,h,w]` and `[M,h,w]`, which may overlap; `void` `[h,w]` is set to 0 in all.
+    Returns two float64 `[K,M]`: what `region_similarity` and `boundary_f` give for the pairs.
+    """
+    if void is not None:
+        predicted, true = predicted & ~void, true & ~void
+    disk = _disk(math.ceil(0.008 * math.hypot(*true.shape[1:])))
+    # In parts, so that the boundaries of hundreds of masks need not be held at once.
+    starts = range(0, max(1, len(predicted)), _PART)
+    parts = [_pairs(predicted[start : start + _PART], true, disk) for start in starts]
+    return np.concatenate([j for j, _ in parts]), np.concatenate([f for _, f in parts])
+
+
+def _pairs(predicted: Masks, true: Masks, disk: NDArray[np.uint8]) -> tuple[Floats, Floats]:
+    """As `pair_scores`; each mask's boundary and what is near it are found once."""
+    both = _overlaps(predicted, true)
+    union = _sizes(predicted)[:, None] + _sizes(true) - both
+    found = np.array([_boundary(mask) for mask in predicted]).reshape(predicted.shape)
+    wanted = np.array([_boundary(mask) for mask in true])
+    near_found = np.array([_near(edge, disk) for edge in found]).reshape(predicted.shape)
+    near_wanted = np.array([_near(edge, disk) for edge in wanted])
+    n_found, n_wanted = _sizes(found)[:, None], _sizes(wanted)
+    precision = _ratio(_overlaps(found, near_wanted), n_found, empty=0.0)
+    recall = _ratio(_overlaps(near_found, wanted), n_wanted, empty=0.0)
+    f = 2 * precision * recall / np.where(precision + recall > 0, precision + recall, 1)
+    f[(n_found == 0) & (n_wanted == 0)] = 1
+    return _ratio(both, union, empty=1.0), f
+
+
+def _sizes(masks: Masks) -> NDArray[np.int64]:
+    return np.count_nonzero(masks, axis=(1, 2)).astype(np.int64)
+
+
+def _overlaps(first: Masks, second: Masks) -> NDArray[np.int64]:
+    """Pixels `[K,M]` that each of `[K,h,w]` shares with each of `[M,h,w]`, which should be few."""
+    flat = first.reshape(len(first), second[0].size)
+    columns = [np.count_nonzero(flat[:, np.flatnonzero(mask)], axis=1) for mask in second]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 def _near(points: Masks, disk: NDArray[np.uint8]) -> Masks:
-    return np.asarray(cv2.dilate(points.astype(np.uint8), disk), bool)
+    """True within a disk of any point `[h,w]`; looks only around the points."""
+    near, reach = np.zeros(points.shape, np.uint8), len(disk) // 2
+    x, y, width, height = cv2.boundingRect(points.astype(np.uint8))
+    if width:
+        part = np.s_[max(0, y - reach) : y + height + reach, max(0, x - reach) : x + width + reach]
+        near[part] = cv2.dilate(points[part].astype(np.uint8), disk)
+    return near.view(bool)
 
 
 def _boundary(mask: Masks) -> Masks:
@@ -195,3 +241,54 @@ def foreground_iou(predicted: Labels, true: Labels) -> float:
     """IoU of `foreground(predicted)` with the union of the true objects; 1 when both are empty."""
     guess, objects = foreground(predicted), np.asarray(true) > 0
     return float(region_similarity(guess[None], objects[None])[0])
+
+
+class IdentityCounts(NamedTuple):
+    """How ids persist, frame by frame: float64 `[F]` each, so that rates are ratios of sums."""
+
+    switches: Floats
+    """Objects whose id is not the one they were last matched to."""
+    transitions: Floats
+    """Objects that are matched here and were before: those that could switch."""
+    matched: Floats
+    """Objects that are matched to any id."""
+    visible: Floats
+    """Objects that are large enough to be matched."""
+
+
+def identity_switches(
+    predicted: Labels, true: Labels, *, min_pixels: int = 30, min_iou: float = 0.3
+) -> IdentityCounts:
+    """How often the predicted id of an object changes in a video of label maps `[F,h,w]`.
+
+    In every frame predicted ids but 0 are matched one to one to the true objects (label > 0) of at
+    least `min_pixels`, with the greatest sum of IoUs among pairs of at least `min_iou`. An object
+    whose id differs from the last that it was matched to, in whatever frame that was, counts one
+    switch. The rate is the sum of switches over that of transitions, NaN without any transition;
+    beside it stands the coverage, the sum of matched over that of visible objects (NaN without any
+    object), because who matches nothing never switches.
+    """
+    counts = np.zeros((4, len(true)))
+    last: dict[int, int] = {}
+    for index, (labels, objects) in enumerate(zip(predicted, true, strict=True)):
+        matches, visible = _match_ids(labels, objects, min_pixels, min_iou)
+        again = [key for key in matches if key in last]
+        switched = sum(matches[key] != last[key] for key in again)
+        counts[:, index] = switched, len(again), len(matches), visible
+        last |= matches
+    return IdentityCounts(*counts)
+
+
+def _match_ids(
+    predicted: Labels, true: Labels, min_pixels: int, min_iou: float
+) -> tuple[dict[int, int], int]:
+    """The predicted id of each matched object of a frame, and how many could be matched."""
+    table = contingency(predicted, true)
+    iou = _ratio(table, table.sum(1, keepdims=True) + table.sum(0, keepdims=True) - table, 0.0)
+    iou[0] = 0
+    iou[iou < min_iou] = 0
+    objects = np.flatnonzero(table.sum(0) >= min_pixels)
+    objects = objects[objects > 0]
+    rows, columns = linear_sum_assignment(iou[:, objects], maximize=True)
+    pairs = zip(rows.tolist(), objects[columns].tolist(), strict=True)
+    return {key: label for label, key in pairs if iou[label, key] > 0}, len(objects)

@@ -13,13 +13,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smtc.evaluation import metrics
-from smtc.inference import InferenceSettings, Prediction, render, winners
+from smtc.evaluation.proposals import (
+    MOST_PER_FRAME,
+    MOST_PER_SEQUENCE,
+    proposals_row,
+    score_proposals,
+)
+from smtc.inference import (
+    FrameSegmentation,
+    InferenceSettings,
+    Prediction,
+    segment_prediction,
+)
+from smtc.rendering import winners
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.integer]
 FrameScores = dict[str, NDArray[np.float64]]
 """Scores of one video by name, float64 `[frames]` (DAVIS-2017: `[objects, frames]`); NaN where a
 score is not defined. `scores_to_json` and `scores_from_json` write and read them exactly."""
+
+_RATES = {
+    "identity_switch_rate": ("id_switches", "id_transitions"),
+    "id_coverage": ("ids_matched", "ids_visible"),
+}
 
 
 @dataclass(frozen=True)
@@ -42,14 +59,31 @@ def found_in(
     size: tuple[int, int],
     settings: InferenceSettings,
 ) -> Found:
-    """What a model's prediction shows at `positions`, at the height and width `size`."""
-    seen = [render(prediction, index, size, settings) for index in positions]
-    frames = list(positions)
+    """What a model's prediction of a whole video shows at `positions`, at the height and width
+    `size`; proposals that may overlap are made as they are asked for.
+    """
+    wanted = set(positions)
+    every = enumerate(segment_prediction(prediction, size, settings))
+    seen = [frame for index, frame in every if index in wanted]
     return Found(
         semantic=np.stack([frame.semantic for frame in seen]),
         instances=np.stack([frame.mask for frame in seen]),
-        regions=label_frames(prediction.instance[frames].flatten(1, 2), size),
+        regions=label_frames(prediction.instance[list(positions)].flatten(1, 2), size),
+        proposals=_Proposals(seen) if settings.masks == "threshold" else None,
     )
+
+
+class _Proposals(Sequence[NDArray[np.bool_]]):
+    """The objects of each frame, which would not fit into memory together."""
+
+    def __init__(self, frames: Sequence[FrameSegmentation]) -> None:
+        self._frames = frames
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._frames[index].proposals
 
 
 def label_frames(masks: Tensor, size: tuple[int, int]) -> Pixels:
@@ -115,10 +149,33 @@ def _per_frame(
 
 
 def mean_row(videos: Sequence[FrameScores]) -> dict[str, float]:
-    """Each score's mean over all frames of all videos where it is defined."""
+    """Each score's mean over all frames of all videos where it is defined.
+
+    Counts of `score_identity` give two rates instead, each a ratio of sums.
+    """
+    pooled = {name: np.concatenate([scores[name] for scores in videos]) for name in videos[0]}
+    counts = {part for parts in _RATES.values() for part in parts}
+    row = {name: metrics.nan_mean(pooled[name]) for name in pooled if name not in counts}
+    rates = {
+        name: pooled[part].sum() / pooled[whole].sum() if pooled[whole].any() else math.nan
+        for name, (part, whole) in _RATES.items()
+        if part in pooled
+    }
+    return row | {name: float(value) for name, value in rates.items()}
+
+
+def score_identity(instances: Labels, true: Labels) -> FrameScores:
+    """How well ids persist, as counts by frame (`metrics.identity_switches`): `id_switches`,
+    `id_transitions`, `ids_matched`, `ids_visible`.
+
+    `mean_row` makes `identity_switch_rate` of the first two and `id_coverage` of the last two.
+    """
+    counts = metrics.identity_switches(instances, true)
     return {
-        name: metrics.nan_mean(np.concatenate([scores[name] for scores in videos]))
-        for name in videos[0]
+        "id_switches": counts.switches,
+        "id_transitions": counts.transitions,
+        "ids_matched": counts.matched,
+        "ids_visible": counts.visible,
     }
 
 
@@ -128,10 +185,20 @@ def davis_row(videos: Sequence[FrameScores]) -> dict[str, float]:
     `<score>_frames`: the mean over all frames, the self-supervised line. `<score>_sequences`: the
     mean over sequences of the mean over their frames but the first and the last, the benchmark's.
     """
+    return _two_means(videos, slice(1, -1))
+
+
+def foreground_row(videos: Sequence[FrameScores]) -> dict[str, float]:
+    """As `davis_row`, for the data sets of which every annotated frame counts in both averages."""
+    return _two_means(videos, slice(None))
+
+
+def _two_means(videos: Sequence[FrameScores], kept: slice) -> dict[str, float]:
     pooled = {f"{name}_frames": value for name, value in mean_row(videos).items()}
-    inner = [{name: metrics.nan_mean(v[1:-1]) for name, v in scores.items()} for scores in videos]
     return pooled | {
-        f"{name}_sequences": metrics.nan_mean(np.array([scores[name] for scores in inner]))
+        f"{name}_sequences": metrics.nan_mean(
+            np.array([metrics.nan_mean(scores[name][kept]) for scores in videos])
+        )
         for name in videos[0]
     }
 
@@ -141,12 +208,26 @@ def _davis_video_row(scores: FrameScores) -> dict[str, float]:
     return davis_row([scores]) | {"j_recall": inner["recall"], "j_decay": inner["decay"]}
 
 
+def _foreground_video_row(scores: FrameScores) -> dict[str, float]:
+    found = metrics.statistics(scores["j"])
+    return foreground_row([scores]) | {"j_recall": found["recall"], "j_decay": found["decay"]}
+
+
+def _proposals_video_row(scores: FrameScores) -> dict[str, float]:
+    return {"objects": len(scores["per_sequence_j"])} | proposals_row([scores])
+
+
 def _score_synthetic(found: Found, true: Pixels) -> FrameScores:
-    return score_video(found.semantic, true, found.regions)
+    identity = score_identity(found.instances, true)
+    return identity | score_video(found.semantic, true, found.regions)
 
 
-def _score_davis(found: Found, true: Pixels) -> FrameScores:
+def _score_foreground(found: Found, true: Pixels) -> FrameScores:
     return score_foreground(found.instances, found.semantic, true)
+
+
+def _score_proposals(found: Found, true: Pixels) -> FrameScores:
+    return score_proposals(found.instances, true, found.proposals)
 
 
 def scores_to_json(scores: FrameScores) -> dict[str, Any]:
@@ -183,6 +264,8 @@ class Protocol:
     """What counts as foreground, for the manifest."""
 
 
+_UNION = "union of valid instances"
+
 PROTOCOLS = {
     "synthetic": Protocol(
         _score_synthetic,
@@ -190,5 +273,14 @@ PROTOCOLS = {
         lambda scores: mean_row([scores]),
         "all but the semantic region with most border pixels",
     ),
-    "davis2016": Protocol(_score_davis, davis_row, _davis_video_row, "union of valid instances"),
+    "davis2016": Protocol(_score_foreground, davis_row, _davis_video_row, _UNION),
+    "davis2017-unsupervised": Protocol(
+        _score_proposals,
+        proposals_row,
+        _proposals_video_row,
+        f"per_sequence: the {MOST_PER_SEQUENCE} instance ids of the most pixels; "
+        f"per_frame: each frame's instances, at most {MOST_PER_FRAME}",
+    ),
+    "segtrackv2": Protocol(_score_foreground, foreground_row, _foreground_video_row, _UNION),
+    "fbms59": Protocol(_score_foreground, foreground_row, _foreground_video_row, _UNION),
 }

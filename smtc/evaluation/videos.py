@@ -26,7 +26,8 @@ def read_mask(path: str | Path) -> Pixels:
         raise BadFrame(path, f"annotation, {error.reason}") from None
 
 
-def _read_ids(paths: Sequence[Path]) -> Pixels:
+def read_first(paths: Sequence[Path]) -> Pixels:
+    """The ids of a mask that is one file."""
     return read_mask(paths[0])
 
 
@@ -41,7 +42,7 @@ class EvaluationVideo:
     set annotates only some frames."""
     categories: list[Path] | None = None
     """Category ids of each frame, where the data set has them."""
-    read: MaskReader = _read_ids
+    read: MaskReader = read_first
     """What makes ids of the files of a mask."""
 
     def iterate_frames(self) -> Iterator[Pixels]:

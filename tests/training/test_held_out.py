@@ -48,6 +48,7 @@ def test_scores_stand_beside_the_loss_of_their_step(scored: Config) -> None:
     run = train(scored)
     assert [line["step"] for line in run.metrics] == [2, 3, 4, 6]
     names = {"ari", "fg_iou", "miou", "fg_ari", "instance_ari", "instance_miou"}
+    names |= {"identity_switch_rate", "id_coverage"}
     for line in run.metrics:
         found = {key for key in line if key.startswith("eval/") or key == "score"}
         assert found == (set() if line["step"] == 3 else {f"eval/{n}" for n in names} | {"score"})
@@ -228,4 +229,5 @@ def test_a_video_may_be_longer_than_the_others(
         shutil.copytree(folder / first, tmp_path / kind / "480p" / "one")
         sorted((tmp_path / kind / "480p" / "one").iterdir())[-1].unlink()
     found = HeldOut(EvalConfig(data=str(tmp_path)), ALONE).score(SMTC(tiny_config().model))
+    assert found.pop("identity_switch_rate") >= 0 or found["id_coverage"] == 0
     assert all(np.isfinite(value) for value in found.values())
