@@ -109,7 +109,8 @@ def find_videos(
     if files and containers:
         return _read_video_files(root, files, timestamps or {})
     also = f", and for video files ({', '.join(VIDEO_SUFFIXES)})" if containers else ""
-    hint = f" Only training reads its {_told(files.values())}." if files else ""
+    one = min(files.values(), default="")
+    hint = f" It holds {_told(files.values())}; name one, such as {one}." if files else ""
     raise UserError(
         f"No videos in {root}: looked for folders of JPEG or PNG frames in JPEGImages/480p "
         "(DAVIS), train/JPEGImages and JPEGImages (YouTube-VOS) and the folder itself"

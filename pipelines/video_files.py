@@ -51,6 +51,13 @@ def read_timestamps(path: str | Path) -> Sequence[int]:
     return compact(times)
 
 
+def frame_rate(path: str | Path) -> float | None:
+    """Frames a second of a video file, on average; None where it does not say. Errors as above."""
+    with open_video(path) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        return float(rate) if rate else None
+
+
 def compact(times: Sequence[int]) -> Sequence[int]:
     """The same ascending times in little memory: a range where they are evenly spaced."""
     if isinstance(times, range) or not times:

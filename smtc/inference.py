@@ -1,15 +1,13 @@
-"""From a video's frames to instance masks: the model in windows, candidates, masks, files."""
+"""From a video's frames to object masks: the model in windows of four, chunk by chunk, so that a
+video of any length needs little memory.
+"""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,19 +16,17 @@ from torch import Tensor
 
 from smtc.errors import UserError
 from smtc.evaluation.metrics import border_label
-from smtc.folders import whole_folder
 from smtc.model import SMTC
-from smtc.pipelines.clips import find_videos
-from smtc.pipelines.images import read_image, write_ids
 from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD, prepare_frames
-from smtc.progress import track
-from smtc.visualize import overlay
+from smtc.rendering import MOST_IDS, FrameMasks, frame_masks, soft_masks, winners
+from smtc.tracking import Tracker
 
 Pixels = NDArray[np.uint8]
 
 WINDOW = 4
 """Frames the model sees together."""
-OVERLAY_FPS = 10.0
+CHUNK = 32
+"""Frames that are held at a time; the background is decided for each chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +47,31 @@ class InferenceSettings:
     """Of a min-max normalised mask (threshold), and of a semantic mask when its area is taken."""
     min_area: float = 0.0
     """The least share of the frame that a candidate's semantic covers (tau_1, Eq. 11); 0: none."""
+    min_object: float = 0.001
+    """The least share of the frame that an object covers; smaller ones are background."""
+    max_objects: int = MOST_IDS
+    """The most ids of a video: the largest objects of a frame get them, and a new one takes over
+    the id that was seen longest ago."""
+    track: bool = True
+    """Whether ids follow objects; else instance slot p of semantic n always has n·P + p + 1."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16: autocast; slots and softmax stay in fp32."""
+    seed: int = 0
+    """Of the noise that the instance slots start from; the same in every frame."""
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "min_area", "min_object"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}; give a share between 0 and 1.")
+        if not -1 <= self.similarity <= 1:
+            raise UserError(f"similarity is {self.similarity}; give a cosine between -1 and 1.")
+        if not 1 <= self.max_objects <= MOST_IDS:
+            raise UserError(f"max_objects is {self.max_objects}; give 1 to {MOST_IDS}.")
+        if self.iterations is not None and self.iterations < 1:
+            raise UserError(f"iterations is {self.iterations}; at least 1 is needed.")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; give a whole number from 0.")
 
 
 PRESETS = {
@@ -76,10 +97,18 @@ class Prediction:
     """`[F,N,P,rows,columns]`, sums to the semantic mask over P."""
     scores: Tensor
     """`[F,N,P]`: cosine of the semantic and the instance slot."""
+    embeddings: Tensor
+    """`[F,N,P,D]`: of unit norm, what objects are recognised by."""
 
-    @cached_property
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __getitem__(self, frames: slice | Sequence[int]) -> "Prediction":
+        return Prediction(*(getattr(self, name)[frames] for name in self.__dataclass_fields__))
+
+    @property
     def background(self) -> int:
-        """The semantic slot that wins most tokens on the border, over all frames of the video."""
+        """The semantic slot that wins most tokens on the border, over all these frames."""
         return border_label(self.semantic.argmax(1).numpy())
 
 
@@ -88,8 +117,25 @@ class FrameSegmentation:
     """One frame of a `Segmentation`."""
 
     mask: Pixels
+    """Ids `[h,w]`, 0 is background."""
     scores: dict[int, float]
-    semantic: Pixels
+    """Of every id in `mask`."""
+    found: FrameMasks
+    """What the ids were given to; its objects may overlap where the settings let them."""
+    soft_semantic: Tensor
+    """`[N,rows,columns]`"""
+    background: int
+    """The semantic slot taken for background."""
+
+    @property
+    def semantic(self) -> Pixels:
+        """The semantic slot that wins each pixel, `[h,w]`; made anew at each use."""
+        return winners(self.soft_semantic, self.found.size)
+
+    @property
+    def proposals(self) -> NDArray[np.bool_]:
+        """Every object's own mask `[K,h,w]`, by falling score; made anew at each use."""
+        return self.found.proposals()
 
 
 @dataclass(frozen=True)
@@ -97,18 +143,11 @@ class Segmentation:
     """The objects of a video; iterating gives a `FrameSegmentation` a frame."""
 
     masks: Pixels
-    """Instance ids `[F,h,w]`, 0 is background. Instance slot p of semantic n has id n·P + p + 1 in
-    every frame: the slots' starts are shared by all frames, so an id follows its object to first
-    order only.
-    """
+    """Object ids `[F,h,w]`, 0 is background."""
     scores: list[dict[int, float]]
     """For each frame the score of every id seen in it."""
     semantic: Pixels
     """The semantic slot that wins each pixel, `[F,h,w]`."""
-
-    def __iter__(self) -> Iterator[FrameSegmentation]:
-        for frame in zip(self.masks, self.scores, self.semantic, strict=True):
-            yield FrameSegmentation(*frame)
 
 
 def segment(
@@ -116,9 +155,11 @@ def segment(
     frames: Pixels | Sequence[Pixels],
     *,
     preset: str | InferenceSettings = "default",
-    batch: int = 1,
+    batch: int = 4,
 ) -> Segmentation:
-    """Find the objects of a video.
+    """Find the objects of a video, with ids that follow them.
+
+    For videos that do not fit into memory there is `segment_frames`.
 
     Args:
         model: an `SMTC`, on any device; it runs in eval mode and without gradients.
@@ -128,21 +169,127 @@ def segment(
 
     Raises:
         UserError: for no frames, frames that are not RGB uint8 of one size, an unknown preset, a
-            batch below 1, or a model with more instance slots than a mask file has ids.
+            size that the model cannot take, or a batch below 1.
     """
-    settings = _settings(preset)
     _check_frames(frames)
-    prediction = predict(model, frames, settings=settings, batch=batch)
-    size = frames[0].shape[:2]
-    found = [render(prediction, index, size, settings) for index in range(len(frames))]
-    return Segmentation(
-        masks=np.stack([frame.mask for frame in found]),
-        scores=[frame.scores for frame in found],
-        semantic=np.stack([frame.semantic for frame in found]),
-    )
+    settings = inference_settings(preset)
+    found = [
+        (frame.mask, frame.scores, frame.semantic)
+        for frame in segment_frames(model, frames, settings=settings, batch=batch)
+    ]
+    masks, scores, semantic = zip(*found, strict=True)
+    return Segmentation(masks=np.stack(masks), scores=list(scores), semantic=np.stack(semantic))
 
 
-def _settings(preset: str | InferenceSettings) -> InferenceSettings:
+def segment_frames(
+    model: SMTC,
+    frames: Iterable[Pixels],
+    *,
+    settings: InferenceSettings = PRESETS["default"],
+    batch: int = 4,
+) -> Iterator[FrameSegmentation]:
+    """`segment` for an iterable of RGB uint8 frames `[h,w,3]` of one size, which is read once.
+
+    Holds what the model says of 32 frames, and one frame. Raises `UserError` for no frames, a size
+    that the model cannot take, and a batch below 1.
+    """
+    seen: list[tuple[int, int]] = []
+
+    def watched() -> Iterator[Pixels]:
+        for frame in frames:
+            if not seen:
+                seen.append((frame.shape[0], frame.shape[1]))
+            yield frame
+
+    segmenter = Segmenter(settings)
+    for prediction in predict_chunks(model, watched(), settings=settings, batch=batch):
+        yield from segmenter.frames(prediction, seen[0])
+
+
+def segment_prediction(
+    prediction: Prediction, size: tuple[int, int], settings: InferenceSettings
+) -> Iterator[FrameSegmentation]:
+    """What `segment_frames` gives for a video whose whole `prediction` is at hand; `size` is the
+    height and width of its frames.
+    """
+    segmenter = Segmenter(settings)
+    for start in range(0, len(prediction), CHUNK):
+        yield from segmenter.frames(prediction[start : start + CHUNK], size)
+
+
+class Segmenter:
+    """Turns the predictions of a video's chunks, in order, into frames with ids that persist.
+
+    The background is the semantic slot with most tokens on the border, in this chunk and, each
+    counting half of the next, in those before: a short video is judged as a whole, and a long one
+    may change its scene.
+    """
+
+    def __init__(self, settings: InferenceSettings) -> None:
+        self._settings = settings
+        self._tracker = Tracker(settings.max_objects)
+        self._border: NDArray[np.float64] | None = None
+
+    def frames(self, prediction: Prediction, size: tuple[int, int]) -> Iterator[FrameSegmentation]:
+        """The next chunk's frames at the height and width `size`."""
+        background = self._background(prediction)
+        slots = prediction.scores[0].numel()
+        if slots > MOST_IDS and not self._settings.track:
+            raise UserError(
+                f"{slots} instance slots are more than the {MOST_IDS} ids of a mask; "
+                "leave tracking on, which numbers only what is seen."
+            )
+        for index in range(len(prediction)):
+            yield self._frame(prediction, index, background, size)
+
+    def _background(self, prediction: Prediction) -> int:
+        labels = prediction.semantic.argmax(1).numpy()
+        inner = np.zeros(labels.shape[1:], bool)
+        inner[1:-1, 1:-1] = True
+        counts = np.bincount(labels[:, ~inner].ravel(), minlength=prediction.semantic.shape[1])
+        self._border = counts + (0 if self._border is None else self._border / 2)
+        return int(self._border.argmax())
+
+    def _frame(
+        self, prediction: Prediction, index: int, background: int, size: tuple[int, int]
+    ) -> FrameSegmentation:
+        settings = self._settings
+        soft = soft_masks(
+            prediction.semantic[index],
+            prediction.instance[index],
+            prediction.scores[index],
+            similarity=settings.similarity,
+            threshold=settings.threshold,
+            min_area=settings.min_area,
+        )
+        found = frame_masks(
+            soft,
+            size,
+            # What the authors' script leaves to overlap has no background of its own.
+            background=background if settings.masks == "argmax" else None,
+            threshold=settings.threshold,
+            min_object=settings.min_object,
+            max_objects=settings.max_objects,
+        )
+        if settings.track:
+            flat = prediction.embeddings[index].flatten(0, 1)[found.slots]
+            ids = self._tracker.update(found.visible(), flat.numpy())
+        else:
+            ids = found.slots + 1
+        mask = found.paint(ids)
+        scores = {int(k): round(float(v), 4) for k, v in zip(ids, found.scores, strict=True)}
+        seen = np.unique(mask[mask > 0]).tolist()
+        return FrameSegmentation(
+            mask=mask,
+            scores={k: scores[k] for k in seen},
+            found=found,
+            soft_semantic=prediction.semantic[index],
+            background=background,
+        )
+
+
+def inference_settings(preset: str | InferenceSettings) -> InferenceSettings:
+    """The settings of a preset's name; settings are returned as they are."""
     if isinstance(preset, InferenceSettings):
         return preset
     if preset not in PRESETS:
@@ -183,24 +330,58 @@ def predict(
     frames: Iterable[Pixels],
     *,
     settings: InferenceSettings = PRESETS["default"],
-    batch: int = 1,
+    batch: int = 4,
 ) -> Prediction:
-    """Run the model over windows of four consecutive frames.
+    """`predict_chunks`, put together: the soft masks of a whole video."""
+    parts = list(predict_chunks(model, frames, settings=settings, batch=batch))
+    fields = Prediction.__dataclass_fields__
+    return Prediction(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+def predict_chunks(
+    model: SMTC,
+    frames: Iterable[Pixels],
+    *,
+    settings: InferenceSettings = PRESETS["default"],
+    batch: int = 4,
+) -> Iterator[Prediction]:
+    """Run the model over windows of four consecutive frames; a `Prediction` of 32 frames at a time.
 
     The last window is filled up with the video's last frame. `frames` (RGB uint8 `[h,w,3]`) may be
-    a generator: only one batch of windows is held at a time. Raises `UserError` for no frames and
-    for a `batch` below 1.
+    a generator: one frame is held at a time, and 32 of the size that the model sees. Raises
+    `UserError` for no frames, a size that is no multiple of the patch, and a `batch` below 1.
     """
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"batch is {batch}; give a whole number of windows, 1 or more.")
+    size = _model_size(model, settings)
     iterator = iter(frames)
-    parts = []
-    with evaluating(model):
-        while chunk := list(islice(iterator, WINDOW * batch)):
-            parts.append(_predict_chunk(model, chunk, settings))
-    if not parts:
+    empty = True
+    while True:
+        # Each frame is made small as it comes: those of a 4K video would fill the memory.
+        chunk = [
+            prepare_frames([frame], size, mean=settings.mean, std=settings.std)
+            for frame in islice(iterator, CHUNK)
+        ]
+        if not chunk:
+            break
+        empty = False
+        with evaluating(model):
+            prediction = _predict_chunk(model, torch.cat(chunk), settings, batch)
+        yield prediction
+    if empty:
         raise UserError("There are no frames to segment.")
-    return Prediction(*(torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+def _model_size(model: SMTC, settings: InferenceSettings) -> tuple[int, int]:
+    size = settings.size or model.config.resolution
+    patch = model.config.backbone.patch
+    for side in size:
+        if side < patch or side % patch:
+            raise UserError(
+                f"The size {size[0]}x{size[1]} is no multiple of the model's patch ({patch}); "
+                f"use {max(patch, side - side % patch)} instead of {side}, say."
+            )
+    return size
 
 
 @contextmanager
@@ -218,201 +399,37 @@ def evaluating(model: SMTC) -> Iterator[None]:
 
 
 def _predict_chunk(
-    model: SMTC, chunk: list[Pixels], settings: InferenceSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fields of `Prediction` for the frames of one batch of windows."""
-    count = len(chunk)
-    padded = chunk + chunk[-1:] * (-count % WINDOW)
-    size = settings.size or model.config.resolution
-    inputs = prepare_frames(padded, size, mean=settings.mean, std=settings.std)
-    clips = inputs.unflatten(0, (-1, WINDOW)).to(next(model.parameters()).device)
-    output = model(clips, iterations=settings.iterations)
-
-    def per_frame(values: Tensor) -> Tensor:
-        return values.flatten(0, 1)[:count].float().cpu()
-
-    semantic = per_frame(output.semantic_logits).softmax(1)  # [F,N,L]
-    instance = semantic[:, :, None] * per_frame(output.instance_logits).softmax(2)  # [F,N,P,L]
-    scores = F.cosine_similarity(
-        per_frame(output.semantic_slots)[:, :, None], per_frame(output.instance_slots), dim=-1
-    )
-    return semantic.unflatten(-1, output.grid), instance.unflatten(-1, output.grid), scores
-
-
-def render(
-    prediction: Prediction, index: int, size: tuple[int, int], settings: InferenceSettings
-) -> FrameSegmentation:
-    """The full-size masks of frame `index`, whose height and width are `size`.
-
-    With `masks="argmax"`, every pixel goes to the strongest of all candidates (score and area large
-    enough) and of the background, which is all instance masks of the semantic slot that holds most
-    of the video's border; masks are upsampled bilinearly. With "threshold", as in the authors'
-    script, a candidate's mask is upsampled to the nearest, stretched to [0, 1] and thresholded;
-    candidates are painted by rising score.
-    """
-    semantic, instance = prediction.semantic[index], prediction.instance[index]
-    scores = prediction.scores[index]
-    if scores.numel() > 255:
-        raise UserError(
-            f"{scores.numel()} instance slots are more than the 255 ids of a mask; "
-            "use a model with fewer slots."
-        )
-    covered = (semantic > settings.threshold).float().mean((1, 2))  # [N]
-    candidates = (scores >= settings.similarity) & (covered >= settings.min_area)[:, None]
-    if settings.masks == "argmax":
-        mask = _compete(instance, candidates, prediction.background, size)
-    else:
-        mask = _paint(instance, candidates, scores, settings.threshold, size)
-    seen = np.unique(mask[mask > 0]).tolist()
-    score_of = {k: round(float(scores.flatten()[k - 1]), 4) for k in seen}
-    return FrameSegmentation(mask, score_of, winners(semantic, size))
-
-
-def winners(masks: Tensor, size: tuple[int, int]) -> Pixels:
-    """The strongest of at most 256 soft masks `[K,rows,columns]` at each pixel, uint8 `[h,w]`.
-
-    Masks are upsampled bilinearly first; ties go to the first mask.
-    """
-    # One mask at a time: an argmax over the leading dimension is several times slower.
-    best = _upsample(masks[0], size)
-    label = torch.zeros(size, dtype=torch.uint8)
-    for index in range(1, len(masks)):
-        mask = _upsample(masks[index], size)
-        label.masked_fill_(mask > best, index)
-        torch.maximum(best, mask, out=best)
-    return label.numpy()
-
-
-def _upsample(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(mask[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-
-
-def _compete(
-    instance: Tensor, candidates: Tensor, background: int, size: tuple[int, int]
-) -> Pixels:
-    competing = candidates.clone()
-    competing[background] = True
-    ids = torch.arange(1, competing.numel() + 1, dtype=torch.uint8).view_as(competing)
-    ids[background] = 0
-    return ids[competing].numpy()[winners(instance[competing], size)]
-
-
-def _paint(
-    instance: Tensor, candidates: Tensor, scores: Tensor, threshold: float, size: tuple[int, int]
-) -> Pixels:
-    mask = np.zeros(size, np.uint8)
-    chosen = candidates.flatten().nonzero()[:, 0]
-    rising = chosen[scores.flatten()[chosen].argsort(stable=True)]
-    for index in rising.tolist():
-        soft = F.interpolate(instance.flatten(0, 1)[None, index : index + 1], tuple(size))[0, 0]
-        low, high = soft.min(), soft.max()
-        mask[(soft - low > threshold * (high - low)).numpy()] = index + 1
-    return mask
-
-
-def write_segmentation(
-    output: str | Path,
-    name: str,
-    frames: Iterable[Pixels],
-    segmentation: Iterable[FrameSegmentation],
-) -> Path:
-    """Write `masks/<name>/00000.png` …, `scores.json` and `overlay.mp4` and return the folder.
-
-    `frames` and `segmentation` (a `Segmentation`, or a generator) run in parallel and may be lazy.
-    An earlier result for the same name is replaced. Raises `UserError` when the folder cannot be
-    written or holds anything else, masks of another video too; nothing half-written stays.
-    """
-    holds = ("masks", "scores.json", "overlay.mp4")
-    with whole_folder(output, holds, writer="smtc segment") as folder:
-        others = sorted({path.name for path in Path(output, "masks").glob("*")} - {name})
-        if others:
-            raise UserError(
-                f"{output} already holds masks of {others[0]!r}, not of {name!r}; "
-                "choose another output folder."
+    model: SMTC, inputs: Tensor, settings: InferenceSettings, batch: int
+) -> Prediction:
+    """Of frames `[F,3,H,W]` as the model wants them."""
+    count = len(inputs)
+    padded = torch.cat([inputs, inputs[-1:].expand(-count % WINDOW, -1, -1, -1)])
+    device = next(model.parameters()).device
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.precision]
+    noise = model.inference_noise(device, settings.seed)
+    parts = []
+    for clips in padded.unflatten(0, (-1, WINDOW)).split(batch):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            output = model(
+                clips.to(device),
+                noise.expand(len(clips), WINDOW, -1, -1, -1),
+                iterations=settings.iterations,
             )
-        masks = folder / "masks" / name
-        masks.mkdir(parents=True)
-        scores = []
-        with _film(folder / "overlay.mp4") as add:
-            for index, (found, frame) in enumerate(zip(segmentation, frames, strict=True)):
-                write_ids(masks / f"{index:05d}.png", found.mask)
-                scores.append({str(k): value for k, value in found.scores.items()})
-                add(overlay(frame, found.mask))
-        text = json.dumps({"video": name, "frames": scores}, indent=1)
-        (folder / "scores.json").write_text(text + "\n", encoding="utf-8")
-    return Path(output)
-
-
-@contextmanager
-def _film(path: Path) -> Iterator[Any]:
-    """A function that adds an RGB image to the video at `path`."""
-    writer: cv2.VideoWriter | None = None
-
-    def add(image: Pixels) -> None:
-        nonlocal writer
-        if writer is None:
-            size = (image.shape[1], image.shape[0])
-            codec = cv2.VideoWriter.fourcc(*"mp4v")
-            writer = cv2.VideoWriter(str(path), codec, OVERLAY_FPS, size)
-            if not writer.isOpened():
-                raise UserError(
-                    "This OpenCV cannot write MPEG-4 video; "
-                    "install opencv-python-headless from the package index."
-                )
-        writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-    try:
-        yield add
-    finally:
-        if writer is not None:
-            writer.release()
-
-
-def segment_folder(
-    model: SMTC,
-    folder: str | Path,
-    output: str | Path,
-    *,
-    preset: str | InferenceSettings = "default",
-    batch: int = 1,
-) -> Path:
-    """Segment the video whose JPEG or PNG frames lie in `folder`.
-
-    Files as `write_segmentation` makes them. Frames are read twice, so that a long video needs
-    little memory. Raises `UserError` for a folder that is missing, without frames or with several
-    videos, a frame that cannot be read or differs in size, and as `segment` does.
-    """
-    settings = _settings(preset)
-    name, paths = _frame_paths(Path(folder))
-
-    def frames(title: str) -> Iterator[Pixels]:
-        first = read_image(paths[0])
-        for path in track(paths, title=title, unit="frame"):
-            frame = read_image(path)
-            if frame.shape != first.shape:
-                raise UserError(
-                    f"{path} differs in size from {paths[0]}; "
-                    "frames of a video must be of one size."
-                )
-            yield frame
-
-    # A generator: the output folder is looked at before the long work begins.
-    def found() -> Iterator[FrameSegmentation]:
-        prediction = predict(model, frames("segment"), settings=settings, batch=batch)
-        size = read_image(paths[0]).shape[:2]
-        for index in range(len(paths)):
-            yield render(prediction, index, size, settings)
-
-    return write_segmentation(output, name, frames("write"), found())
-
-
-def _frame_paths(folder: Path) -> tuple[str, Sequence[str]]:
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}; give a folder of JPEG or PNG frames.")
-    videos = find_videos(folder)
-    if len(videos) > 1:
-        raise UserError(
-            f"{folder} holds {len(videos)} videos; "
-            f"give the folder of one, such as {Path(videos[0].frames[0]).parent}."
+        fields = (
+            output.semantic_logits,
+            output.instance_logits,
+            output.semantic_slots,
+            output.instance_slots,
+            output.embeddings,
         )
-    return videos[0].name, videos[0].frames
+        parts.append([field.flatten(0, 1).float().cpu() for field in fields])
+    joined = [torch.cat(field)[:count] for field in zip(*parts, strict=True)]
+    semantic_logits, instance_logits, semantic_slots, instance_slots, embeddings = joined
+    semantic = semantic_logits.softmax(1)  # [F,N,L]
+    instance = semantic[:, :, None] * instance_logits.softmax(2)  # [F,N,P,L]
+    return Prediction(
+        semantic=semantic.unflatten(-1, output.grid),
+        instance=instance.unflatten(-1, output.grid),
+        scores=F.cosine_similarity(semantic_slots[:, :, None], instance_slots, dim=-1),
+        embeddings=F.normalize(embeddings, dim=-1),
+    )

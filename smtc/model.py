@@ -14,8 +14,6 @@ from smtc.config import ModelConfig
 from smtc.keyed_random import keyed_normal
 from smtc.slots import SlotAttention
 
-_INFERENCE_NOISE_SEED = 0
-
 
 class Output(NamedTuple):
     """What the model says of a clip; logits are scaled, of the last iteration, before softmax,
@@ -168,15 +166,15 @@ class SMTC(nn.Module):
             return torch.randn(batch, frames, *shape, device=device)
         return self.inference_noise(device).expand(batch, frames, -1, -1, -1)
 
-    def inference_noise(self, device: torch.device) -> Tensor:
-        """The noise that evaluation takes: `[N,P,D]`, float32.
+    def inference_noise(self, device: torch.device, seed: int = 0) -> Tensor:
+        """The noise that evaluation takes, with seed 0 unless told otherwise: `[N,P,D]`, float32.
 
         The same for every frame of every clip: a clip's result does not depend on the batch it sits
         in, and an instance slot starts alike in all frames, so that its number stays.
         """
         shape = self.config.slots, self.config.instances, self.width
         index = torch.zeros(1, dtype=torch.int64, device=device)
-        return keyed_normal(_INFERENCE_NOISE_SEED, index, 0, shape)[0]
+        return keyed_normal(seed, index, 0, shape)[0]
 
     def _draw_reference(self, batch: int, frames: int, device: torch.device) -> Tensor:
         """For each frame the frame it is correlated with: int64 `[B,T]`."""

@@ -45,8 +45,8 @@ def object_palette() -> Pixels:
 
 
 def colour_labels(labels: NDArray[np.integer], palette: Pixels) -> Pixels:
-    """Integer labels `[...,h,w]` in 0…255 as RGB uint8 `[...,h,w,3]`."""
-    return palette[labels]
+    """Integer labels `[...,h,w]` as RGB uint8 `[...,h,w,3]`; beyond 255 colours come again."""
+    return palette[labels if labels.dtype == np.uint8 else labels % len(palette)]
 
 
 def overlay(frame: Pixels, mask: NDArray[np.integer], *, opacity: float = 0.5) -> Pixels:

@@ -15,6 +15,7 @@ class Answer(NamedTuple):
     semantic_logits: torch.Tensor
     instance_slots: torch.Tensor
     instance_logits: torch.Tensor
+    embeddings: torch.Tensor
     grid: tuple[int, int]
 
 
@@ -25,7 +26,9 @@ class ColourModel(nn.Module):
 
     def __init__(self, scores=((1, 1), (1, 1), (1, 1)), resolution=(32, 32), sharpness=100.0):
         super().__init__()
-        self.config = SimpleNamespace(resolution=resolution, iterations=3)
+        self.config = SimpleNamespace(
+            resolution=resolution, iterations=3, backbone=SimpleNamespace(patch=4)
+        )
         self.colours = nn.Parameter(torch.tensor([GREY, RED, GREEN]) / 255)
         self.cosines = torch.tensor(scores, dtype=torch.float32)
         self.sharpness = sharpness
@@ -46,7 +49,11 @@ class ColourModel(nn.Module):
         semantic = torch.tensor([1.0, 0.0]).expand(batch, frames, 3, 2)
         sine = (1 - self.cosines**2).sqrt()
         instance = torch.stack([self.cosines, sine], -1).expand(batch, frames, 3, 2, 2)
-        return Answer(semantic, logits, instance, halves, grid)
+        one_hot = torch.eye(6).view(3, 2, 6).expand(batch, frames, 3, 2, 6)
+        return Answer(semantic, logits, instance, halves, one_hot, grid)
+
+    def inference_noise(self, device, seed=0):
+        return torch.zeros(3, 2, 2, device=device)
 
     def features(self, clip):
         pooled = nn.functional.avg_pool2d(clip.flatten(0, 1), 4).flatten(2).transpose(1, 2)

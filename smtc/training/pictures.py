@@ -3,27 +3,22 @@
 import torch
 from torch import Tensor
 
-from smtc.inference import PRESETS, predict, render
+from smtc.inference import PRESETS, predict, segment_prediction
 from smtc.model import SMTC
 from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD
 from smtc.visualize import Pixels, clip_sheet
 
-_IDS = 255  # what a map of instances can tell apart
 
-
-def mask_picture(model: SMTC, clip: Tensor) -> Pixels | None:
+def mask_picture(model: SMTC, clip: Tensor) -> Pixels:
     """Frames, semantic and instance maps of `clip [T,3,H,W]` (normalised), RGB uint8; the maps are
     those that `smtc segment` would find.
 
-    None for a model with more instance slots than a map has ids. Waits for the device, and leaves
-    the model as it was.
+    Waits for the device, and leaves the model as it was.
     """
-    if model.config.slots * model.config.instances > _IDS:
-        return None
     frames = _as_pixels(clip)
     prediction = predict(model, frames)
     size = frames.shape[1:3]
-    found = [render(prediction, index, size, PRESETS["default"]) for index in range(len(frames))]
+    found = list(segment_prediction(prediction, size, PRESETS["default"]))
     return clip_sheet(
         list(frames),
         [frame.semantic for frame in found],

@@ -251,9 +251,7 @@ class Trainer:
         if model is None or self.clip is None or not self.world.main:
             return
         with telemetry.paused(), uncompiled():
-            picture = mask_picture(model, self.clip)
-            if picture is not None:
-                telemetry.picture(self.step, "masks", picture)
+            telemetry.picture(self.step, "masks", mask_picture(model, self.clip))
 
     def _log(self, telemetry: Telemetry, scores: dict[str, float], loader: Loader) -> None:
         extra = {"lr": self.learning_rate, "replaced_clips": loader.faults.replaced}

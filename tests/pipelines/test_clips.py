@@ -118,7 +118,7 @@ def test_a_folder_of_video_files_only_is_refused_with_a_hint(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"itself, and for video files \(\.mp4, .*\.m4v\)\.$"):
         find_videos(tmp_path, containers=True)
     lay(tmp_path, "run/a.mp4")
-    with pytest.raises(UserError, match=r"itself\. Only training reads its 1 video file \(a\.mp4"):
+    with pytest.raises(UserError, match=r"itself\. It holds 1 video file \(a\.mp4"):
         find_videos(tmp_path)
 
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from toy import Line, TinyConfig, assert_same, with_output
 
 import smtc
-from smtc.inference import PRESETS, predict, render
+from smtc.inference import PRESETS, predict, segment_prediction
 from smtc.model import SMTC
 from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD
 from smtc.training.distributed import World
@@ -260,7 +260,6 @@ def test_a_picture_shows_the_clip_and_its_masks(tiny_config: TinyConfig) -> None
     ).view(3, 1, 1)
     before = torch.get_rng_state()
     picture = mask_picture(model, normalised)
-    assert picture is not None
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training and all(p.grad is None for p in model.parameters())
     places = []
@@ -272,7 +271,7 @@ def test_a_picture_shows_the_clip_and_its_masks(tiny_config: TinyConfig) -> None
     assert places[0][0] == places[1][0] == places[2][0]
     assert places[0][1] < places[1][1] < places[2][1]
     prediction = predict(model, (255 * clip).round().byte().movedim(1, -1).numpy())
-    found = [render(prediction, index, (32, 32), PRESETS["default"]) for index in range(3)]
+    found = list(segment_prediction(prediction, (32, 32), PRESETS["default"]))
     for shown, labels, palette in (
         (1, [frame.semantic for frame in found], plain_palette(prediction.background)),
         (2, [frame.mask for frame in found], object_palette()),
@@ -283,10 +282,10 @@ def test_a_picture_shows_the_clip_and_its_masks(tiny_config: TinyConfig) -> None
             assert np.array_equal(tile, colour_labels(label, palette))
 
 
-def test_a_model_of_too_many_slots_trains_without_pictures(
+def test_a_model_of_many_slots_has_pictures_too(
     tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
     config = with_output(
         tiny_config, tmp_path / "run", model__slots=64, train__steps=1, train__pictures_every=1
     )
-    assert pictures(train(config).folder) == []
+    assert len(pictures(train(config).folder)) == 1

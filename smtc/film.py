@@ -1,0 +1,103 @@
+"""Video files that play in browsers, written frame by frame."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from smtc.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+LONGEST = 1920
+"""Pixels on the longer side of a film."""
+_THREADS = 2  # x264's bits depend on their number
+
+
+def film_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the film of frames of a size: at most `LONGEST`, even, at least 2."""
+    scale = min(1.0, LONGEST / max(height, width))
+    return max(2, round(height * scale / 2) * 2), max(2, round(width * scale / 2) * 2)
+
+
+@contextmanager
+def film(path: Path, rate: float) -> Iterator[Callable[[Pixels], None]]:
+    """A function that adds an RGB image `[h,w,3]`, of a size that `film_size` gives, to the video
+    at `path`, which shows `rate` images a second.
+
+    H.264 where PyAV is there and has an encoder of it, else OpenCV's MPEG-4, which fewer players
+    show. Raises `UserError` where there is neither, and `OSError` where the file cannot be written.
+    """
+    writer: Any = None
+
+    def add(image: Pixels) -> None:
+        nonlocal writer
+        if writer is None:
+            make = _H264 if _has_h264() else _MPEG4
+            writer = make(path, rate, (image.shape[0], image.shape[1]))
+        writer.add(image)
+
+    try:
+        yield add
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _has_h264() -> bool:
+    try:
+        import av
+    except ImportError:
+        return False
+    return "libx264" in av.codecs_available
+
+
+class _H264:
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]) -> None:
+        import av
+
+        self._av = av
+        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
+        stream = self._container.add_stream("libx264", Fraction(rate).limit_denominator(1001))
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = _THREADS
+        stream.options = {"crf": "20", "preset": "veryfast"}
+        self._stream = stream
+
+    def add(self, image: Pixels) -> None:
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        self._container.mux(self._stream.encode(frame))
+
+    def finish(self) -> None:
+        self._container.mux(self._stream.encode(None))
+
+    def close(self) -> None:
+        self._container.close()
+
+
+class _MPEG4:
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]) -> None:
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
+        self._writer = cv2.VideoWriter(str(path), codec, rate, (size[1], size[0]))
+        if not self._writer.isOpened():
+            raise UserError(
+                "There is no encoder for the overlay: install av (the extra video), or "
+                "opencv-python-headless from the package index, whose builds have one."
+            )
+
+    def add(self, image: Pixels) -> None:
+        self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.release()

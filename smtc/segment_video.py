@@ -1,0 +1,152 @@
+"""`smtc segment`: a video in, a folder of masks, scores and an overlay out."""
+
+import dataclasses
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from smtc.errors import UserError
+from smtc.film import film, film_size
+from smtc.folders import whole_folder
+from smtc.inference import (
+    FrameSegmentation,
+    InferenceSettings,
+    inference_settings,
+    segment_frames,
+)
+from smtc.model import SMTC
+from smtc.pipelines.frame_source import FrameSource, open_source
+from smtc.pipelines.images import write_ids
+from smtc.progress import track
+from smtc.visualize import overlay
+
+Pixels = NDArray[np.uint8]
+Maps = Literal["instance", "semantic"]
+
+RATE = 10.0
+"""Frames a second of the overlay where the video does not say."""
+_HOLDS = ("masks", "scores.json", "overlay.mp4")
+
+
+@dataclass
+class Summary:
+    """What was found in a video."""
+
+    frames: int = 0
+    objects: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By id: `first` and `last` frame, `frames` in which it is seen, mean `score`."""
+
+    def add(self, scores: dict[int, float]) -> None:
+        """Count the next frame's scores."""
+        for number, score in scores.items():
+            seen = self.objects.setdefault(
+                number, {"first": self.frames, "last": 0, "frames": 0, "score": 0.0}
+            )
+            mean = seen["score"] + (score - seen["score"]) / (seen["frames"] + 1)
+            seen["score"] = round(mean, 6)
+            seen["frames"] += 1
+            seen["last"] = self.frames
+        self.frames += 1
+
+
+def segment_video(
+    model: SMTC,
+    source: str | Path | FrameSource,
+    output: str | Path,
+    *,
+    preset: str | InferenceSettings = "default",
+    maps: Maps = "instance",
+    rate: float | None = None,
+    batch: int = 4,
+) -> Summary:
+    """Segment a video of any length, and write masks, scores and an overlay to `output`.
+
+    `masks/<name>/00000.png` … are palette PNGs of the frames' size, `scores.json` has the scores of
+    each frame's ids and what each id is seen in, `overlay.mp4` shows masks over frames.
+
+    Args:
+        source: a folder of JPEG or PNG frames, one such image, or a video file.
+        output: a new or empty folder, or one with an earlier result for the same video, which is
+            replaced when all is done.
+        maps: "instance" (0 is background), or "semantic": the semantic slot of each pixel.
+        rate: frames a second of the overlay; none: the video's own, or 10.
+
+    Raises `UserError` where the video or `output` cannot be read or written, and as `segment`;
+    nothing half-written stays.
+    """
+    settings = inference_settings(preset)
+    if rate is not None and not 0 < rate <= 1000:
+        raise UserError(f"fps is {rate}; give frames a second, more than 0 and at most 1000.")
+    video = source if isinstance(source, FrameSource) else open_source(source)
+    if maps == "semantic" and model.config.slots > 256:
+        raise UserError(
+            f"{model.config.slots} semantic slots are more than the 256 values of a mask; "
+            "write instance maps."
+        )
+    small: deque[Pixels] = deque()
+    summary = Summary()
+    with _result(output, video.name) as folder, ExitStack() as stack:
+        add = stack.enter_context(film(folder / "overlay.mp4", rate or video.rate or RATE))
+        found = segment_frames(model, _shrunk(video, small), settings=settings, batch=batch)
+        shown = track(found, total=len(video), title=f"segment {video.name}", unit="frame")
+        scores = []
+        for index, frame in enumerate(shown):
+            mask = frame.semantic if maps == "semantic" else frame.mask
+            write_ids(folder / "masks" / video.name / f"{index:05d}.png", mask)
+            add(_shown(small.popleft(), mask, maps, frame))
+            scores.append(frame.scores)
+            summary.add(frame.scores)
+        content = {
+            "video": video.name,
+            "maps": maps,
+            "settings": dataclasses.asdict(settings),
+            "objects": summary.objects,
+            "frames": scores,
+        }
+        (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+@contextmanager
+def _result(output: str | Path, name: str) -> Iterator[Path]:
+    """The folder that takes the place of `output`; refuses one with masks of another video."""
+    with whole_folder(output, _HOLDS, writer="smtc segment") as folder:
+        others = sorted({path.name for path in Path(output, "masks").glob("*")} - {name})
+        if others:
+            raise UserError(
+                f"{output} already holds masks of {others[0]!r}, not of {name!r}; "
+                "choose another output folder."
+            )
+        (folder / "masks" / name).mkdir(parents=True)
+        yield folder
+
+
+def _shrunk(frames: Iterable[Pixels], small: deque[Pixels]) -> Iterator[Pixels]:
+    """The same frames; each of them, in the overlay's size, is put into `small`."""
+    for frame in frames:
+        height, width = film_size(*frame.shape[:2])
+        same = frame.shape[:2] == (height, width)
+        # The decoder may use the frame's memory again.
+        small.append(
+            frame.copy()
+            if same
+            else cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+        )
+        yield frame
+
+
+def _shown(frame: Pixels, mask: Pixels, maps: Maps, found: FrameSegmentation) -> Pixels:
+    """The overlay of a frame in the film's size; the background stays clear."""
+    height, width = frame.shape[:2]
+    ids = mask
+    if maps == "semantic":
+        ids = np.where(mask == found.background, 0, mask.astype(np.int16) % 255 + 1)
+    return overlay(frame, cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST))
