@@ -25,6 +25,7 @@ from smtc.config import BackboneConfig, ModelConfig, from_dict, to_dict
 from smtc.downloads import resolve_weights
 from smtc.errors import UserError
 from smtc.model import SMTC
+from smtc.public_weights import PUBLISHED
 from smtc.weight_files import (
     MODEL_FILE,
     RESNET_MARK,
@@ -121,23 +122,30 @@ def load_encoder_weights(encoder: Encoder, path: str | Path) -> Report:
 
 
 def load_encoder(path: str | Path) -> Encoder:
-    """The encoder alone of a file that `load_encoder_weights` takes, in eval mode on the CPU.
+    """The encoder alone of a file or name that `load_encoder_weights` takes, in eval mode on the
+    CPU.
 
-    Its settings stand beside weights of ours and follow from the shapes of public files. A head
-    that the file lacks (the projection of a MoCo file) is drawn from a fixed seed.
+    Its settings stand beside weights of ours and follow from the name or the shapes of public
+    ones. A head that the file lacks (the projection of a MoCo file) is drawn from a fixed seed.
     """
-    source = _read(path)
-    if source.ours:
-        config = _read_backbone(source.file.parent)
-    elif source.is_smtc:
-        config = presets.official_v2().model.backbone
+    named = next((known for known in PUBLISHED if known.name == path), None)
+    if named is not None:
+        config = _public_backbone(named.architecture, named.patch)
     else:
-        config = _detect_backbone(source)
+        config = _encoder_config(_read(path))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = build_encoder(config)
     load_encoder_weights(encoder, path)
     return encoder.eval()
+
+
+def _encoder_config(source: Source) -> BackboneConfig:
+    if source.ours:
+        return _read_backbone(source.file.parent)
+    if source.is_smtc:
+        return presets.official_v2().model.backbone
+    return _detect_backbone(source)
 
 
 def load_init(model: SMTC, path: str | Path) -> Report:
@@ -276,15 +284,21 @@ def convert(path: str | Path, folder: str | Path) -> Report:
 def _detect_backbone(source: Source) -> BackboneConfig:
     """The settings that an encoder's shapes speak of."""
     if RESNET_MARK in source.tensors:
-        return BackboneConfig(architecture="resnet50", feature="tokens")
+        return _public_backbone("resnet50", 16)
     width, _, _, patch = source.tensors[VIT_MARK].shape
     depth = len({n.split(".")[2] for n in source.tensors if n.startswith("encoder.blocks.")})
     if (width, depth) == (VIT_SIZES["vit_small"].width, VIT_SIZES["vit_small"].depth):
-        return BackboneConfig(architecture="vit_small", patch=patch)
+        return _public_backbone("vit_small", patch)
     raise UserError(
         f"{source.file} is a ViT of width {width} with {depth} blocks; only ViT-S "
         "(width 384, 12 blocks) is known here."
     )
+
+
+def _public_backbone(architecture: str, patch: int) -> BackboneConfig:
+    if architecture == "resnet50":
+        return BackboneConfig(architecture="resnet50", feature="tokens")
+    return BackboneConfig(architecture="vit_small", patch=patch)
 
 
 def save_model(model: SMTC, folder: str | Path) -> None:

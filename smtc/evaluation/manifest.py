@@ -69,24 +69,14 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def build_manifest(
-    *,
-    protocol: str,
-    switches: dict[str, Any],
-    root: Path,
-    files: Iterable[Path],
-    model: nn.Module,
-    checkpoint: dict[str, Any] | None,
-    seed: int | None,
+    *, root: Path, files: Iterable[Path], protocol: str, **others: Any
 ) -> dict[str, Any]:
-    """The manifest of one result as plain JSON values."""
+    """The manifest of one result as plain JSON values: what it is, of which data, by which code."""
     files = list(files)
     return {
         "protocol": protocol,
-        "switches": switches,
         "data": {"root": str(root), "files": len(files), "sha256": files_hash(root, files)},
-        "checkpoint": checkpoint,
-        "weights_sha256": weights_hash(model),
-        "seed": seed,
+        **others,
         "versions": versions(),
         "commit": commit(),
     }
