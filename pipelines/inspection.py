@@ -236,8 +236,14 @@ def _sizes(records: Sequence[VideoRecord]) -> Iterator[str]:
     if rest := one_size.most_common()[_SIZES_SHOWN:]:
         others = _count(sum(count for _, count in rest), "video")
         yield _row("size", f"{len(rest)} others in {others}")
-    if mixed := [record.name for record in records if len(record.sizes) > 1]:
-        yield _row("size", f"mixed in {_some(mixed)}")
+    if mixed := [record for record in records if len(record.sizes) > 1]:
+        names = _some([record.name for record in mixed])
+        yield _row("size", f"mixed in {names}; training resizes each frame by itself")
+        for record in mixed[:_NAMES_SHOWN]:
+            sizes = Counter(record.sizes).most_common(_SIZES_SHOWN)
+            told = [f"{size} in {_count(count, 'frame')}" for size, count in sizes]
+            more = ["…"] if len(record.sizes) > len(sizes) else []
+            yield f"  {_printable(record.name)}: {', '.join(told + more)}"
 
 
 def _broken(records: Sequence[VideoRecord]) -> Iterator[str]:

@@ -71,6 +71,9 @@ def build_loader(
     known_bad = {} if manifest is None else manifest.known_bad(sampler.videos)
     if known_bad:
         _LOG.info("Known to be broken and not read: %d (smtc data inspect).", len(known_bad))
+    if mixed := [] if manifest is None else manifest.of_mixed_sizes():
+        names = ", ".join(mixed[:5]) + (", …" if len(mixed) > 5 else "")
+        _LOG.warning("Frames that differ in size are resized one by one: %s.", names)
     faults = Faults(config, bad_file_log)
     packed = _open_packed(config, folder, sampler.videos, size, known_bad)
     by_dali = _by_dali(config, device)

@@ -88,6 +88,10 @@ class Manifest:
                     bad[path] = broken.reason
         return bad
 
+    def of_mixed_sizes(self) -> list[str]:
+        """The names of the folders whose frames differ in size."""
+        return [r.name for r in self.videos if len(r.sizes) > 1 and not r.is_file]
+
     def timestamps(self) -> dict[str, Sequence[int]]:
         """Path to timestamps of the video files that have not changed since."""
         known = {}

@@ -79,7 +79,11 @@ def test_sizes_and_short_videos_are_named(cli: Command, data: Path, picture: byt
     for frame in range(1, 6):
         (data / "kurz" / f"{frame}.jpg").unlink()
     told = cli("data", "inspect", data)
-    assert "size       160x120 in 3 videos\nsize       mixed in 1 video (b)\n" in told.out
+    assert (
+        "size       160x120 in 3 videos\n"
+        "size       mixed in 1 video (b); training resizes each frame by itself\n"
+        "  b: 160x120 in 5 frames, 30x20 in 1 frame\n"
+    ) in told.out
     assert "length     1 to 6 frames, median 6\n" in told.out
     assert "too short  1 video (kurz) with fewer than 4 frames\n" in told.out
     assert "too short  4 videos (a, b, c, kurz) with fewer" in (
