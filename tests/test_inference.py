@@ -1,16 +1,19 @@
-import json
-
-import cv2
 import numpy as np
 import pytest
 import torch
 from colour_model import GREEN, GREY, RED, ColourModel
-from PIL import Image
 
 from smtc import inference
 from smtc.errors import UserError
-from smtc.evaluation.datasets import open_dataset
-from smtc.inference import InferenceSettings, predict, segment, segment_folder, write_segmentation
+from smtc.inference import (
+    CHUNK,
+    InferenceSettings,
+    predict,
+    predict_chunks,
+    segment,
+    segment_frames,
+    segment_prediction,
+)
 from smtc.model import SMTC
 
 
@@ -27,11 +30,9 @@ def core(mask, top, left):
     return set(np.unique(mask[:, top + 8 : top + 16, left + 8 : left + 16]).tolist())
 
 
-def write_frames(folder, frames, suffix=".png"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, frame in enumerate(frames):
-        cv2.imwrite(str(folder / f"{index}{suffix}"), frame[..., ::-1])
-    return folder
+def slots(**settings):
+    """Ids are those of the slots: n * P + p + 1."""
+    return InferenceSettings(track=False, **settings)
 
 
 def test_objects_are_found_with_ids_scores_and_semantics():
@@ -39,18 +40,19 @@ def test_objects_are_found_with_ids_scores_and_semantics():
     found = segment(model, scene())
     assert found.masks.shape == found.semantic.shape == (6, 64, 96)
     assert found.masks.dtype == found.semantic.dtype == np.uint8
-    # id = n * P + p + 1: red is semantic 1 on the left, green semantic 2 on the right.
-    assert core(found.masks, 16, 8) == {3}
-    assert core(found.masks, 24, 60) == {6}
-    assert set(np.unique(found.masks)) == {0, 3, 6}
+    # Ids count from 1, in the order of slots: red is semantic 1, green semantic 2.
+    assert core(found.masks, 16, 8) == {1}
+    assert core(found.masks, 24, 60) == {2}
+    assert set(np.unique(found.masks)) == {0, 1, 2}
     assert (found.masks[:, 0] == 0).all()
     assert core(found.semantic, 16, 8) == {1}
     assert core(found.semantic, 24, 60) == {2}
-    assert found.scores == [{3: 0.75, 6: 0.5}] * 6
+    assert found.scores == [{1: 0.75, 2: 0.5}] * 6
 
 
 def test_candidates_below_the_similarity_are_left_out():
-    found = segment(ColourModel(scores=((0.2, 0.2), (0.4999, 0.2), (1, 1))), scene())
+    model = ColourModel(scores=((0.2, 0.2), (0.4999, 0.2), (1, 1)))
+    found = segment(model, scene(), preset=slots())
     # The background competes whatever its scores, so nothing else takes the red box.
     assert core(found.masks, 16, 8) == {0}
     assert core(found.masks, 24, 60) == {6}
@@ -61,9 +63,9 @@ def test_a_semantic_must_cover_the_area_asked_for():
     video[:, :, 48:] = np.where(np.arange(48)[:, None] < 40, GREEN, GREY)
     # Green covers more than a third, red less than a tenth; grey still holds most of the border.
     video[:, 54:, 48:] = GREY
-    found = segment(ColourModel(), video, preset=InferenceSettings(min_area=0.2))
+    found = segment(ColourModel(), video, preset=slots(min_area=0.2))
     assert set(np.unique(found.masks)) == {0, 6}
-    assert {3, 6} <= set(np.unique(segment(ColourModel(), video).masks))
+    assert {3, 6} <= set(np.unique(segment(ColourModel(), video, preset=slots()).masks))
 
 
 def test_background_is_the_slot_on_most_of_the_border_of_the_video():
@@ -115,33 +117,14 @@ def test_official_preset_follows_the_authors_script(monkeypatch):
         return prepare(frames, size, **statistics)
 
     monkeypatch.setattr(inference, "prepare_frames", watched)
-    found = segment(model, scene(), preset="official")
+    found = segment(model, scene(), preset="official", batch=1)
     assert model.calls[0] == ((1, 4, 3, 480, 800), 5)
     assert given["mean"] == (0.43216, 0.394666, 0.37645)
     assert given["std"] == (0.22803, 0.22145, 0.216989)
+    # The background is a candidate like any other here: it has the ids 1 and 2.
     assert core(found.masks, 16, 8) == {3}
-    assert core(found.masks, 24, 60) == {6}
-    # The background is a candidate like any other here.
-    assert set(np.unique(found.masks)) == {1, 2, 3, 6}
-
-
-def test_threshold_masks_are_stretched_nearest_and_painted_by_rising_score():
-    instance = torch.zeros(2, 1, 2, 2)
-    instance[0, 0] = torch.tensor([[0.10, 0.13], [0.14, 0.20]])  # stretched: 0, .3, .4, 1
-    instance[1, 0] = torch.tensor([[0.5, 0.0], [0.0, 0.9]])
-    yes, scores = torch.ones(2, 1, dtype=torch.bool), torch.tensor([[0.9], [0.6]])
-    mask = inference._paint(instance, yes, scores, 0.31, (4, 4))
-    assert mask.tolist() == [[2, 2, 0, 0], [2, 2, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    assert inference._paint(instance, yes, 1 - scores, 0.31, (2, 2)).tolist() == [[2, 0], [1, 2]]
-    flat = torch.full((2, 1, 2, 2), 0.7)
-    assert not inference._paint(flat, yes, scores, 0.3, (4, 4)).any()
-
-
-def test_winners_is_the_argmax_of_bilinearly_upsampled_masks():
-    masks = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0))
-    soft = torch.nn.functional.interpolate(masks[None], (33, 50), mode="bilinear")[0]
-    assert np.array_equal(inference.winners(masks, (33, 50)), soft.argmax(0).numpy())
-    assert not inference.winners(torch.ones(3, 2, 2), (4, 4)).any()
+    assert core(found.masks, 24, 60) == {4}
+    assert set(np.unique(found.masks)) == {1, 2, 3, 4}
 
 
 def test_a_real_model_gives_the_same_whatever_the_batch(tiny_config):
@@ -185,122 +168,139 @@ def test_wrong_settings_are_refused():
             segment(ColourModel(), scene(), batch=batch)
     with pytest.raises(UserError, match="no frames"):
         predict(ColourModel(), iter([]))
-    prediction = inference.Prediction(
-        torch.ones(1, 64, 2, 2), torch.ones(1, 64, 4, 2, 2), torch.ones(1, 64, 4)
-    )
-    with pytest.raises(UserError, match="256 instance slots are more than the 255 ids"):
-        inference.render(prediction, 0, (4, 4), InferenceSettings())
 
 
-def test_a_folder_of_frames_becomes_masks_scores_and_an_overlay(tmp_path):
-    video = scene(frames=11)
-    video[10, :8] = 255
-    folder = write_frames(tmp_path / "boxes", video)
-    output = segment_folder(ColourModel(), folder, tmp_path / "out")
-    names = sorted(p.name for p in output.iterdir())
-    assert names == [".smtc", "masks", "overlay.mp4", "scores.json"]
-    masks = sorted((output / "masks" / "boxes").iterdir())
-    assert [p.name for p in masks] == [f"{k:05d}.png" for k in range(11)]
-    wanted = segment(ColourModel(), video)
-    for path, mask in zip(masks, wanted.masks, strict=True):
-        with Image.open(path) as image:
-            assert image.mode == "P"
-            assert image.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
-            assert np.array_equal(np.array(image), mask)
-    written = json.loads((output / "scores.json").read_text())
-    assert written["video"] == "boxes"
-    assert written["frames"] == [{str(k): v for k, v in s.items()} for s in wanted.scores]
-    film = cv2.VideoCapture(str(output / "overlay.mp4"))
-    assert (film.get(cv2.CAP_PROP_FRAME_COUNT), film.get(cv2.CAP_PROP_FPS)) == (11, 10)
-    shown = film.read()[1]
-    assert shown.shape == (64, 96, 3)
-    # The grey background stays, the red box is tinted.
-    assert np.abs(shown[60, 50].astype(int) - 128).max() < 20
-    assert np.abs(shown[28, 20].astype(int) - (0, 0, 255)).max() > 40
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"min_object": 1.5}, "min_object is 1.5; give a share"),
+        ({"min_area": -0.1}, "min_area is -0.1"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"similarity": 2}, "similarity is 2; give a cosine"),
+        ({"max_objects": 0}, "max_objects is 0; give 1 to 255"),
+        ({"max_objects": 256}, "max_objects is 256"),
+        ({"iterations": 0}, "iterations is 0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        InferenceSettings(**settings)
 
 
-def test_an_earlier_result_is_replaced_and_anything_else_refused(tmp_path):
-    output = tmp_path / "out"
-    found = segment(ColourModel(), scene(frames=2))
-    write_segmentation(output, "first", scene(frames=2), found)
-    write_segmentation(output, "first", scene(frames=1), list(found)[:1])
-    assert [p.name for p in (output / "masks" / "first").iterdir()] == ["00000.png"]
-    with pytest.raises(UserError, match="already holds masks of 'first', not of 'second'"):
-        write_segmentation(output, "second", scene(frames=2), found)
-    (output / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"already holds 'notes\.txt'"):
-        write_segmentation(output, "first", scene(frames=2), found)
-    assert [p.name for p in (output / "masks").iterdir()] == ["first"]
-
-
-def test_masks_made_by_hand_are_never_deleted(tmp_path):
-    mine = tmp_path / "precious" / "masks" / "handmade" / "a.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
-    boxes = write_frames(tmp_path / "boxes", scene(2))
-    with pytest.raises(UserError, match="precious already holds 'masks'"):
-        segment_folder(ColourModel(), boxes, tmp_path / "precious")
-    # Nor those that were put into a folder of ours.
-    output = segment_folder(ColourModel(), boxes, tmp_path / "out")
-    mine.parent.rename(output / "masks" / "handmade")
-    with pytest.raises(UserError, match="already holds masks of 'handmade'"):
-        segment_folder(ColourModel(), boxes, output)
-    assert (output / "masks" / "handmade" / "a.txt").read_text() == "mine"
-
-
-def test_an_output_that_is_refused_costs_no_work(tmp_path):
-    model, output = ColourModel(), tmp_path / "out"
-    output.mkdir()
-    (output / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="thesis"):
-        segment_folder(model, write_frames(tmp_path / "boxes", scene(2)), output)
+@pytest.mark.parametrize("size", [(30, 32), (32, 3), (0, 32), (-4, 32)])
+def test_a_size_that_the_model_cannot_take_is_refused_before_the_work(size):
+    model = ColourModel()
+    with pytest.raises(UserError, match=rf"The size {size[0]}x{size[1]} is no multiple .*\(4\)"):
+        predict(model, scene(), settings=InferenceSettings(size=size))
     assert model.calls == []
 
 
-def test_a_bad_frame_leaves_nothing_behind(tmp_path):
-    folder = write_frames(tmp_path / "in" / "boxes", scene(frames=5), ".jpg")
-    bad = folder / "4.jpg"
-    bad.write_bytes(bad.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"boxes/4\.jpg"):
-        segment_folder(ColourModel(), folder, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+def moving(frames):
+    """A red box that goes from the left half into the right one and back."""
+    video = np.full((frames, 64, 96, 3), GREY, np.uint8)
+    for index in range(frames):
+        left = round(12 + 48 * abs(np.sin(index / 12)))
+        video[index, 16:40, left : left + 24] = RED
+    return video
 
 
-def test_folders_that_are_no_video_are_refused(tmp_path):
-    with pytest.raises(UserError, match="There is no folder"):
-        segment_folder(ColourModel(), tmp_path / "absent", tmp_path / "out")
-    write_frames(tmp_path / "two" / "a", scene(1))
-    write_frames(tmp_path / "two" / "b", scene(1))
-    with pytest.raises(UserError, match=r"holds 2 videos; give the folder of one, such as .*two/a"):
-        segment_folder(ColourModel(), tmp_path / "two", tmp_path / "out")
-    uneven = write_frames(tmp_path / "uneven", scene(2))
-    cv2.imwrite(str(uneven / "2.png"), np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"2\.png differs in size"):
-        segment_folder(ColourModel(), uneven, tmp_path / "out")
+def test_a_stream_gives_what_the_whole_gives():
+    video = moving(75)
+    whole = segment(ColourModel(), video)
+    streamed = list(segment_frames(ColourModel(), iter(video)))
+    assert np.array_equal(np.stack([frame.mask for frame in streamed]), whole.masks)
+    assert [frame.scores for frame in streamed] == whole.scores
+    later = segment_prediction(predict(ColourModel(), video), (64, 96), InferenceSettings())
+    assert np.array_equal(np.stack([frame.mask for frame in later]), whole.masks)
 
 
-def test_an_opencv_without_the_codec_is_named(tmp_path, monkeypatch):
-    class NoWriter:
-        def __init__(self, *_):
-            pass
-
-        fourcc = staticmethod(lambda *_: 0)
-        isOpened = staticmethod(lambda: False)  # noqa: N815
-        release = staticmethod(lambda: None)
-
-    monkeypatch.setattr(inference.cv2, "VideoWriter", NoWriter)
-    with pytest.raises(UserError, match="cannot write MPEG-4"):
-        write_segmentation(tmp_path / "out", "boxes", scene(1), segment(ColourModel(), scene(1)))
-    assert not list(tmp_path.iterdir())
+def test_a_stream_is_read_a_chunk_at_a_time():
+    read = []
+    video = moving(3 * CHUNK)
+    found = segment_frames(ColourModel(), (read.append(k) or f for k, f in enumerate(video)))
+    next(found)
+    assert len(read) == CHUNK
+    for _ in range(CHUNK):
+        next(found)
+    assert len(read) == 2 * CHUNK
+    sizes = [len(part) for part in predict_chunks(ColourModel(), iter(video[:70]), batch=3)]
+    assert sizes == [32, 32, 6]
 
 
-def test_a_real_sequence(davis2016, tmp_path):
-    video = next(v for v in open_dataset("davis2016", davis2016) if v.name == "car-shadow")
-    torch.set_num_threads(1)
-    folder = tmp_path / "car-shadow"
-    folder.mkdir()
-    for path in video.frames[:5]:
-        (folder / path.name).symlink_to(path)
-    output = segment_folder(ColourModel(), folder, tmp_path / "out")
-    with Image.open(output / "masks" / "car-shadow" / "00004.png") as image:
-        assert image.size == (854, 480)
+def test_an_id_follows_its_object_over_slots_and_chunks():
+    """A box whose slot changes in each frame, and a still one beside it."""
+    count = 2 * CHUNK + 3
+    instance = torch.zeros(count, 2, 2, 8, 12)
+    embeddings = torch.eye(4).view(2, 2, 4).repeat(count, 1, 1, 1)
+    still, moving_box = torch.tensor([0, 0, 0, 1.0]), torch.tensor([0, 0, 1.0, 0])
+    for index in range(count):
+        slot = index % 2
+        left = index // 16
+        instance[index, 0] = 0.1
+        instance[index, 1, slot, 2:5, left : left + 3] = 1
+        instance[index, 1, 1 - slot, 2:5, 9:11] = 1
+        embeddings[index, 1, slot], embeddings[index, 1, 1 - slot] = moving_box, still
+    scores = torch.ones(count, 2, 2)
+    prediction = inference.Prediction(instance.sum(2), instance, scores, embeddings)
+    found = [f.mask for f in segment_prediction(prediction, (8, 12), InferenceSettings())]
+    assert all(mask[3, index // 16 + 1] == 1 for index, mask in enumerate(found))
+    assert all(mask[3, 10] == 2 for mask in found)
+    fixed = [f.mask for f in segment_prediction(prediction, (8, 12), slots())]
+    assert [mask[3, 10] for mask in fixed[:3]] == [4, 3, 4]
+
+
+def test_the_background_may_change_with_the_scene_but_not_for_a_moment():
+    grey, green = scene(frames=CHUNK), scene(frames=CHUNK)
+    green[(green == GREY).all(-1)] = (0, 254, 0)
+    backgrounds = [
+        frame.background
+        for frame in segment_frames(ColourModel(), np.concatenate([grey, green[:8], green, green]))
+    ][::CHUNK]
+    # The second chunk is green, and so counts once against half of the grey one.
+    assert backgrounds == [0, 2, 2, 2]
+    mixed = np.concatenate([grey, green[:8], grey[:24], grey])
+    assert {frame.background for frame in segment_frames(ColourModel(), mixed)} == {0}
+
+
+def test_small_objects_and_all_but_the_largest_are_background():
+    video = scene()
+    video[:, 4:8, 4:8] = GREEN  # 16 of 6144 pixels
+    video[:, 24:40, 60:84] = GREY  # the large green box shrinks to 8 x 24
+    everything = segment(ColourModel(resolution=(64, 96)), video, preset=slots())
+    assert set(np.unique(everything.masks)) == {0, 3, 5, 6}
+    model = ColourModel(resolution=(64, 96))
+    assert set(np.unique(segment(model, video, preset=slots(min_object=0.01)).masks)) == {0, 3, 6}
+    assert set(np.unique(segment(model, video, preset=slots(max_objects=1)).masks)) == {0, 3}
+    tracked = segment(model, video, preset=InferenceSettings(max_objects=2))
+    assert set(np.unique(tracked.masks)) == {0, 1, 2}
+
+
+def test_half_precision_is_close_and_seeds_differ(tiny_config):
+    torch.manual_seed(0)
+    model = SMTC(tiny_config().model)
+    video = np.random.default_rng(0).integers(0, 256, (5, 40, 56, 3), dtype=np.uint8)
+    full = predict(model, video)
+    half = predict(model, video, settings=InferenceSettings(precision="bf16"))
+    assert half.semantic.dtype == torch.float32
+    assert 0 < (full.semantic - half.semantic).abs().max() < 0.1
+    again = predict(model, video, settings=InferenceSettings(seed=0))
+    assert torch.equal(again.instance, full.instance)
+    other = predict(model, video, settings=InferenceSettings(seed=1))
+    assert torch.equal(other.semantic, full.semantic)
+    assert not torch.equal(other.instance, full.instance)
+
+
+def test_many_slots_need_tracking():
+    prediction = inference.Prediction(
+        torch.ones(1, 64, 2, 2) / 64,
+        torch.ones(1, 64, 5, 2, 2) / 320,
+        torch.ones(1, 64, 5),
+        torch.eye(320).view(1, 64, 5, 320),
+    )
+    with pytest.raises(UserError, match="320 instance slots are more than the 255 ids"):
+        next(segment_prediction(prediction, (4, 4), slots()))
+    prediction.instance[0, 63, 4, 0] = 1
+    found = next(segment_prediction(prediction, (4, 4), InferenceSettings()))
+    assert found.scores == {1: 1.0}
+    assert found.mask[0].all() and not found.mask[3].any()
