@@ -16,6 +16,7 @@ from smtc.evaluation.videos import (
     read_first,
     read_grey,
     read_mask,
+    size_text,
 )
 from smtc.pipelines.images import FRAME_SUFFIXES, BadFrame
 
@@ -121,7 +122,12 @@ def _read_segtrack(paths: Sequence[Path]) -> Pixels:
     masks = [read_grey(path) > _SEGTRACK_MASK for path in paths]
     for path, mask in zip(paths, masks, strict=True):
         if mask.shape != masks[0].shape:
-            raise BadFrame(path, f"its size is not that of {paths[0]}; use masks of one size")
+            size, first = size_text(mask.shape), size_text(masks[0].shape)
+            raise BadFrame(
+                path,
+                f"the mask's size {size} is not that of the frame's first object, {first}; use "
+                "masks of one resolution",
+            )
     return np.any(masks, axis=0).astype(np.uint8)
 
 

@@ -45,22 +45,23 @@ def score_proposals(
     nothing is proposed there); matched per frame it does not (NaN). Raises `UserError` when the
     first frame has no object.
     """
-    keys = _labels(true[0])
+    keys = np.unique(true[0])
+    keys = keys[(keys > 0) & (keys != _VOID)]
     if not keys.size:
         raise UserError(
             "The video's first mask shows no object; use the masks of Annotations_unsupervised."
         )
     ids = _largest(instances, MOST_PER_SEQUENCE)
+    all_are_tracked = proposals is None and len(ids) < MOST_PER_SEQUENCE
 
     def score(index: int) -> tuple[NDArray[np.float64], tuple[Floats, Floats]]:
         void = true[index] == _VOID
         objects = true[index] == keys[:, None, None]
         tracked = _padded(instances[index] == ids[:, None, None], len(keys))
-        pairs = np.stack(metrics.pair_scores(tracked, objects, void))
-        if proposals is None:
-            masks, shown = tracked, pairs
-        else:
-            masks = _padded(np.asarray(proposals[index][:MOST_PER_FRAME], bool), len(keys))
+        pairs = shown = np.stack(metrics.pair_scores(tracked, objects, void))
+        if not all_are_tracked:
+            masks = _present(instances[index]) if proposals is None else proposals[index]
+            masks = _padded(np.asarray(masks[:MOST_PER_FRAME], bool), len(keys))
             shown = np.stack(metrics.pair_scores(masks, objects, void))
         return pairs, _match_visible(shown, objects.any((1, 2)))
 
@@ -75,9 +76,10 @@ def score_proposals(
     return found
 
 
-def _labels(labels: Labels) -> NDArray[np.int64]:
-    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=_VOID + 1))
-    return present[(present > 0) & (present != _VOID)]
+def _present(labels: Labels) -> Masks:
+    """A mask for each id but 0 of a frame."""
+    ids = np.unique(labels)
+    return labels == ids[ids > 0][:, None, None]
 
 
 def _largest(instances: Labels, count: int) -> NDArray[np.int64]:

@@ -54,7 +54,9 @@ class EvaluationVideo:
             frame = read_frame(path)
             first = first or frame.shape
             if frame.shape != first:
-                size = f"{_size(frame.shape)} is not that of the video's first, {_size(first)}"
+                size = (
+                    f"{size_text(frame.shape)} is not that of the video's first, {size_text(first)}"
+                )
                 raise BadFrame(path, f"its size {size}")
             yield frame
 
@@ -76,11 +78,11 @@ class EvaluationVideo:
                 continue
             masks.append(self.read(paths))
             if masks[-1].shape != frame[:2]:
-                size = _size(masks[-1].shape)
+                size = size_text(masks[-1].shape)
                 raise BadFrame(
                     paths[0],
-                    f"the mask's size {size} is not that of the video's frames, {_size(frame)}; "
-                    "use the masks and the frames of one resolution",
+                    f"the mask's size {size} is not that of the video's frames, "
+                    f"{size_text(frame)}; use the masks and the frames of one resolution",
                 )
         return np.stack(masks)
 
@@ -100,7 +102,8 @@ class EvaluationVideo:
         return [*self.frames, *(path for paths in self.annotations for path in paths or ())]
 
 
-def _size(shape: Sequence[int]) -> str:
+def size_text(shape: Sequence[int]) -> str:
+    """Width and height of an image of that shape."""
     return f"{shape[1]}x{shape[0]}"
 
 

@@ -82,17 +82,20 @@ def test_what_is_not_whole_is_named(davis_like):
     write_list(davis_like, "ImageSets/2016/val.txt", "a\n")
     masks = davis_like / "Annotations" / "480p" / "a"
     (masks / "00001.png").rename(masks / "00007.png")
-    with pytest.raises(UserError, match=r"Annotations/480p/a has no mask for 00001\.jpg"):
+    with pytest.raises(UserError, match=r"480p/a has no mask for 00001\.jpg; it holds 3 masks"):
         opened()
     (masks / "00007.png").unlink()
-    with pytest.raises(UserError, match=r"480p/a holds 2 masks, .*JPEGImages/480p/a 3 frames"):
+    with pytest.raises(UserError, match=r"00001.* 2 masks, .*JPEGImages/480p/a 3 frames: comp"):
         opened()
     shutil.rmtree(davis_like / "Annotations")
-    with pytest.raises(UserError, match="has no folder Annotations/480p"):
+    with pytest.raises(UserError, match=r"has no folder Annotations/480p; give the root .* compl"):
+        opened()
+    (davis_like / "Annotations" / "480p").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no folder .*Annotations/480p/a of masks; complete"):
         opened()
     for path in (davis_like / "JPEGImages" / "480p" / "a").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"JPEGImages/480p/a holds no \.jpg"):
+    with pytest.raises(UserError, match=r"JPEGImages/480p/a holds no frames \(\.jpg"):
         opened()
 
 
@@ -103,7 +106,8 @@ def test_what_is_no_data_set_is_named(tmp_path):
         open_dataset("synthetic", tmp_path / "absent")
     with pytest.raises(UserError, match="has no folder JPEGImages/480p"):
         open_dataset("synthetic", tmp_path)
-    (tmp_path / "JPEGImages" / "480p").mkdir(parents=True)
+    for kind in ("JPEGImages", "Annotations"):
+        (tmp_path / kind / "480p").mkdir(parents=True)
     with pytest.raises(UserError, match="holds no videos"):
         open_dataset("davis2016", tmp_path)
 
@@ -122,10 +126,11 @@ def test_damaged_files_are_named(davis_like):
     with pytest.raises(UserError, match=r"00001\.png: the mask's size 11x10 .* frames, 12x10; use"):
         video.load()
     mask.write_bytes(whole)
-    for (path,) in video.annotations:
-        Image.fromarray(np.zeros((10, 11), np.uint8)).save(path)
-    with pytest.raises(UserError, match=r"00000\.png: the mask's size 11x10 .* 12x10"):
-        video.load()
     frame.write_bytes(b"")
     with pytest.raises(UserError, match=r"a/00002\.jpg: the file is empty"):
+        video.load()
+    for (path,) in video.annotations:
+        Image.fromarray(np.zeros((10, 11), np.uint8)).save(path)
+    # Before any frame but the first is read.
+    with pytest.raises(UserError, match=r"00000\.png: the mask's size 11x10 .* 12x10; use"):
         video.load()
