@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from smtc import cli_bench, cli_data, cli_evaluate, cli_models, cli_segment
+from smtc import cli_bench, cli_data, cli_doctor, cli_evaluate, cli_models, cli_segment
 from smtc.cli_parsing import parse_config
 from smtc.errors import UserError
 from smtc.progress import BesideBars
@@ -78,6 +78,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **cli_evaluate.COMMANDS,
     **cli_data.COMMANDS,
     **cli_models.COMMANDS,
+    **cli_doctor.COMMANDS,
     **cli_bench.COMMANDS,
 }
 _STOPPED = {

@@ -25,7 +25,7 @@ from smtc.backbones import HEADS, build_encoder
 from smtc.config import BackboneConfig
 from smtc.errors import UserError
 from smtc.progress import bar
-from smtc.public_weights import PublicWeights, published
+from smtc.public_weights import PublicWeights, published, weights_folder
 from smtc.training.distributed import once_a_machine
 from smtc.weight_files import read_source
 
@@ -52,11 +52,6 @@ def resolve_weights(weights: str | Path, backbone: BackboneConfig) -> Path:
     if known is None:
         return Path(weights)
     return Path(once_a_machine(lambda: str(_fetch(known))))
-
-
-def weights_folder() -> Path:
-    """Where downloaded weights are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smtc" / "weights"
 
 
 def _fetch(known: PublicWeights) -> Path:

@@ -5,7 +5,9 @@ github.com/facebookresearch/moco, which also states the first digits of the MD5.
 states no checksum.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from smtc.errors import UserError
 
@@ -72,3 +74,8 @@ def published(weights: object, architecture: str, patch: int) -> PublicWeights |
         f"a {architecture} of patch {patch}; change model.backbone.architecture and .patch, or "
         "give other weights."
     )
+
+
+def weights_folder() -> Path:
+    """Where downloaded weights are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smtc" / "weights"

@@ -154,7 +154,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, address: str, md5: str) -> None:
 
 
 def cached(name: str = "") -> Path:
-    return downloads.weights_folder() / name
+    return public_weights.weights_folder() / name
 
 
 def kept() -> dict[str, int]:
