@@ -51,6 +51,8 @@ setup(
         "all": sorted({need for needs in EXTRAS.values() for need in needs}),
         # Its wheels follow their own torch and CUDA versions, so it is never part of `all`.
         "xformers": ["xformers>=0.0.35"],
+        # For `smtc export --format onnx` alone.
+        "onnx": ["onnx>=1.23", "onnxscript>=0.7", "onnxruntime>=1.32"],
         "dev": [
             "mypy>=1.13",
             "pytest>=8",
