@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class _Discovery:
     """Score the objects that a model, and what it has to beat, discover against true masks.
 
-    For example: smtc evaluate discovery --data data/synthetic/val --checkpoint runs/tiny --output OUT
+    For example: smtc evaluate discovery --data DIR --checkpoint RUN --output OUT --baselines all
 
     The same command goes on where a stopped one was. Under torchrun the processes share the work.
     """

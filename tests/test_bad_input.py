@@ -285,8 +285,8 @@ def test_what_to_score_has_to_be_said_once(
     safe: Command, tiny_run: Path, synthetic_data: Path, tmp_path: Path
 ) -> None:
     command = ["evaluate", "discovery", "--data", synthetic_data, "--output", tmp_path / "out"]
-    told = "Give either --checkpoint FILE or --untrained PRESET."
-    assert told in safe(*command)
+    assert "There is nothing to score; give --checkpoint FILE" in safe(*command)
+    told = "Give only one of --checkpoint, --backbone and --untrained."
     assert told in safe(*command, "--checkpoint", tiny_run, "--untrained", "tiny")
     assert "did you mean 'tiny'?" in safe(*command, "--untrained", "tny")
     assert "davis2016" in safe(*command, "--dataset", "davis2015", "--untrained", "tiny")

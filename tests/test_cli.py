@@ -281,7 +281,7 @@ def test_evaluate_an_untrained_model_by_seed(
     assert first == scores("again", 0)
     assert first["ari"] != scores("other", 1)["ari"]
     manifest = (tmp_path / "other" / "manifest.json").read_text(encoding="utf-8")
-    assert re.search(r'"seed": 1\b', manifest)
+    assert json.loads(manifest)["seeds"] == [1]
 
 
 def test_train_on_real_frames(cli: Command, davis2016: Path, tmp_path: Path) -> None:
