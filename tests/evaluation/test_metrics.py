@@ -105,6 +105,25 @@ def test_j_and_f_follow_their_definition(seed, with_void):
         assert fast(predicted, true, void) == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.parametrize("with_void", [False, True])
+def test_pairs_of_masks_score_as_each_by_itself(with_void):
+    rng = np.random.default_rng(5)
+    predicted, true = blobs(rng, 35, (30, 140)), blobs(rng, 3, (30, 140))  # more than one part
+    predicted[3] = true[1] = False
+    predicted[34] = true[2]
+    predicted[5] = True
+    void = blobs(rng, 1, (30, 140))[0] if with_void else None
+    hidden = np.zeros_like(true[0]) if void is None else void
+    j, f = metrics.pair_scores(predicted, true, void)
+    assert j.shape == f.shape == (35, 3)
+    for row, column in itertools.product((0, 3, 5, 17, 32, 34), range(3)):
+        frame = predicted[row], true[column], hidden
+        assert j[row, column] == pytest.approx(slow_j(*frame), abs=1e-12)
+        assert f[row, column] == pytest.approx(slow_f(*frame), abs=1e-12)
+    nothing = metrics.pair_scores(predicted[:0], true, void)
+    assert [scores.shape for scores in nothing] == [(0, 3), (0, 3)]
+
+
 def test_boundary_is_on_the_north_west_side_and_ends_inside_the_image():
     mask = np.zeros((4, 5), bool)
     mask[2:, 3:] = True
