@@ -158,7 +158,7 @@ def test_the_folder_holds_results_rows_manifest_and_sheet(world, tmp_path):
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(b"x")
     results = discovery.evaluate_discovery(
-        seeing(), "davis2016", world, out, checkpoint=weights, seed=3, device="cpu"
+        seeing(), "davis2016", world, out, checkpoint=weights, seeds=(3,), device="cpu"
     )
     names = [".smtc", "manifest.json", "results.csv", "results.json", "sheet.png"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -168,14 +168,17 @@ def test_the_folder_holds_results_rows_manifest_and_sheet(world, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["video"] for row in rows] == ["first", "second"]
     kinds = [f"{kind}{s}_{a}" for a in ("frames", "sequences") for kind in KINDS for s in "jf"]
-    assert list(rows[0]) == ["video", "frames", *kinds, "j_recall", "j_decay"]
+    named = ["method", "seed", "video", "frames"]
+    assert list(rows[0]) == [*named, *kinds, "j_recall", "j_decay"]
+    assert [(row["method"], row["seed"]) for row in rows] == [("model", "3")] * 2
     assert float(rows[0]["j_frames"]) == results["per_video"][0]["j_frames"]
     told = json.loads((out / "manifest.json").read_text())
     assert told["protocol"] == "discovery davis2016"
     assert told["switches"]["size"] == [64, 96] and told["switches"]["iterations"] == 3
     assert "bilinear" in told["switches"]["mask_interpolation"]
     assert told["switches"]["foreground"] == "union of valid instances"
-    assert told["data"]["files"] == 16 and told["seed"] == 3
+    assert told["data"]["files"] == 16 and told["seeds"] == [3]
+    assert told["processes"] == 1 and told["device"] == "cpu"
     assert told["checkpoint"]["sha256"].startswith("2d711642b726b044")  # SHA-256 of "x"
     assert told["versions"]["torch"] == torch.__version__
     with Image.open(out / "sheet.png") as sheet:
@@ -280,9 +283,10 @@ def test_k_means_is_repeatable_and_takes_the_tightest_of_its_runs(monkeypatch):
     centres = np.array([[0, 0], [0, 9], [9, 0], [9, 9.0]])
     points = centres[np.arange(80) % 4] + rng.normal(0, 0.2, (80, 2))
     for seed in range(8):
-        labels = baselines._kmeans(points, 4, seed)
+        found, labels = baselines._kmeans(points, 4, seed)
         assert metrics.adjusted_rand_index(labels, np.arange(80) % 4) == 1
-        assert np.array_equal(labels, baselines._kmeans(points, 4, seed))
+        assert np.abs(found[labels] - points).max() < 1
+        assert np.array_equal(labels, baselines._kmeans(points, 4, seed)[1])
     runs = iter([(0.5, 0), (0.1, 1), (0.3, 2)])
 
     def canned(points, clusters, **_):
@@ -290,11 +294,12 @@ def test_k_means_is_repeatable_and_takes_the_tightest_of_its_runs(monkeypatch):
         return points[:3] + shift, np.full(len(points), label)
 
     monkeypatch.setattr(baselines, "kmeans2", canned)
-    assert baselines._kmeans(np.zeros((5, 2)), 3, 0).tolist() == [1] * 5
+    centres, labels = baselines._kmeans(np.zeros((5, 2)), 3, 0)
+    assert labels.tolist() == [1] * 5 and centres.tolist() == [[0.1, 0.1]] * 3
 
 
 def test_k_means_of_fewer_points_than_clusters():
-    same = baselines._kmeans(np.ones((10, 2)), 4, 0)
+    _, same = baselines._kmeans(np.ones((10, 2)), 4, 0)
     assert len(set(same.tolist())) == 1
 
 
