@@ -133,13 +133,10 @@ def _shrunk(frames: Iterable[Pixels], small: deque[Pixels]) -> Iterator[Pixels]:
     """The same frames; each of them, in the overlay's size, is put into `small`."""
     for frame in frames:
         height, width = film_size(*frame.shape[:2])
-        same = frame.shape[:2] == (height, width)
-        # The decoder may use the frame's memory again.
-        small.append(
-            frame.copy()
-            if same
-            else cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-        )
+        if frame.shape[:2] == (height, width):
+            small.append(frame)
+        else:
+            small.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
         yield frame
 
 

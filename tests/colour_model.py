@@ -27,7 +27,11 @@ class ColourModel(nn.Module):
     def __init__(self, scores=((1, 1), (1, 1), (1, 1)), resolution=(32, 32), sharpness=100.0):
         super().__init__()
         self.config = SimpleNamespace(
-            resolution=resolution, iterations=3, backbone=SimpleNamespace(patch=4)
+            resolution=resolution,
+            slots=3,
+            instances=2,
+            iterations=3,
+            backbone=SimpleNamespace(patch=4),
         )
         self.colours = nn.Parameter(torch.tensor([GREY, RED, GREEN]) / 255)
         self.cosines = torch.tensor(scores, dtype=torch.float32)
