@@ -1,6 +1,7 @@
 """`smtc segment` in Python: a video in, a folder of masks, scores and an overlay out."""
 
 import json
+import weakref
 
 import cv2
 import numpy as np
