@@ -28,6 +28,7 @@ from smtc.probes import Answer, State
 
 _MARK = "smtc-doctor "  # begins the line with the answer; libraries print lines of their own
 _MOST_AT_ONCE = 4
+_LONGEST = 300  # letters of a reason
 _COUNTED = {"works": "work", "limited": "limited", "missing": "missing", "broken": "broken"}
 
 
@@ -214,9 +215,11 @@ def examine(probe: Probe) -> Answer:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's kind and the first line of its words."""
+    """An error's kind and the first line of its words; a sentence of ours as it is."""
     words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    shown = words if len(words) <= 200 else words[:199] + "…"
+    shown = words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+    if isinstance(error, UserError):
+        return shown
     return f"{type(error).__name__}: {shown}" if shown else type(error).__name__
 
 
@@ -351,7 +354,7 @@ def _understood(probe: Probe, status: int | None, out: str, err: str) -> Answer:
     if status < 0:
         return Answer("broken", f"it crashes ({signal.Signals(-status).name})")
     last = next((line for line in reversed(err.splitlines()) if line.strip()), "it says nothing")
-    return Answer("broken", f"it ends with status {status}: {last.strip()}")
+    return Answer("broken", f"it ends with status {status}: {last.strip()[:_LONGEST]}")
 
 
 def _version(patterns: tuple[str, ...]) -> str | None:
