@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from smtc.evaluation.protocols import (
     scores_to_json,
 )
 from smtc.evaluation.results import Row, Run, build_results, write_csv, write_json
-from smtc.evaluation.shared_work import Tally, together
+from smtc.evaluation.shared_work import POLL, Tally, together
 from smtc.evaluation.videos import read_frame
 from smtc.folders import whole_folder
 from smtc.inference import PRESETS, predict
@@ -58,7 +58,6 @@ Pixels = NDArray[np.uint8]
 
 _SHOWN = 6
 _FILES = ("results.json", "results.csv", "manifest.json", "sheet.png")
-_POLL = 0.2  # seconds between looks at how far the other processes are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,22 +218,30 @@ class _Share:
         or one process has failed.
         """
         left = [task for task in tasks if task.key not in before]
-        title, done, mine = f"evaluate {self.evaluation.dataset}", 0, {}
-        with bar(
-            total=len(tasks),
-            initial=len(before),
-            title=title,
-            unit="sequence",
-            shown=self.world.main,
-        ) as shown:
-            while done < len(left) and not self.tally.failed:
-                number = self.tally.take()
-                if number < len(left):
-                    mine[left[number].key] = self._do(left[number])
-                else:
-                    time.sleep(_POLL)  # for the others
-                shown.update(self.tally.done - done)
-                done = self.tally.done
+        title = f"evaluate {self.evaluation.dataset}"
+        try:
+            with bar(
+                total=len(tasks),
+                initial=len(before),
+                title=title,
+                unit="sequence",
+                shown=self.world.main,
+            ) as shown:
+                return self._take(left, shown.update)
+        finally:
+            # Not in a collective, whose patience may end before another's long sequence does.
+            self.tally.meet(self.world.size)
+
+    def _take(self, left: Sequence[_Task], tell: Callable[[int], object]) -> dict[str, Record]:
+        done, mine = 0, {}
+        while done < len(left) and not self.tally.failed:
+            number = self.tally.take()
+            if number < len(left):
+                mine[left[number].key] = self._do(left[number])
+            else:
+                time.sleep(POLL)  # for the others
+            before, done = done, self.tally.done
+            tell(done - before)
         return mine
 
     def _do(self, task: _Task) -> Record:

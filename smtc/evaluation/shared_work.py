@@ -4,6 +4,7 @@ With one process every function does the same by itself.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -15,6 +16,9 @@ from smtc.training import distributed
 from smtc.training.distributed import World
 
 Result = TypeVar("Result")
+
+POLL = 0.2
+"""Seconds between looks at how far the other processes are."""
 
 
 class _Told(UserError):  # noqa: N818
@@ -84,6 +88,12 @@ class Tally:
     def fail(self) -> None:
         """Nothing that is left needs to be done."""
         self._store.add("failed", 1)
+
+    def meet(self, size: int) -> None:
+        """Wait, however long it takes, until all processes, `size` of them, are here."""
+        self._store.add("here", 1)
+        while self._store.add("here", 0) < size:
+            time.sleep(POLL)
 
     @property
     def done(self) -> int:
