@@ -213,7 +213,7 @@ def test_cuda_that_is_absent(
     [
         (lambda folder: None, "does not exist|There is no|is no folder"),
         (lambda folder: folder.mkdir(), "no frames|No videos|without|No frames"),
-        (lambda folder: folder.write_text("x"), "is no folder|not a folder|a file"),
+        (lambda folder: folder.write_text("x"), "neither a folder of frames"),
     ],
 )
 def test_frames_that_are_not_there(

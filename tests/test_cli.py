@@ -13,13 +13,15 @@ from typing import Any
 import cv2
 import pytest
 import torch
-from commands import Command, train_flags
+from commands import Command, frames_of, train_flags
 
 import smtc
 from smtc import presets
 from smtc.cli_parsing import parse_config
 from smtc.config import Config, from_dict
 from smtc.errors import UserError
+from smtc.inference import PRESETS
+from smtc.segment_video import Summary
 from smtc.weights import load_model
 
 
@@ -249,23 +251,43 @@ def test_train_then_segment_then_evaluate(
     assert str(run) in manifest
 
 
-@pytest.mark.parametrize("preset", ["default", "official"])
-def test_segment_takes_the_preset(
-    cli: Command, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: str
+def test_segment_takes_preset_and_flags(
+    cli: Command,
+    tiny_run: Path,
+    synthetic_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    asked = {}
 
-    def record(model: Any, frames: Path, output: Path, **settings: Any) -> None:
-        asked.append((frames, output, settings["preset"], model.training))
-        output.mkdir()
-        scores = {"frames": [{"3": 0.9}, {"3": 0.8, "7": 0.6}]}
-        (output / "scores.json").write_text(json.dumps(scores), encoding="utf-8")
+    def record(model: Any, video: Any, output: Path, **options: Any) -> Summary:
+        asked.update(options, frames=len(video), training=model.training, output=output)
+        summary = Summary()
+        summary.add({3: 0.9})
+        summary.add({3: 0.8, 7: 0.6})
+        return summary
 
-    monkeypatch.setattr("smtc.inference.segment_folder", record)
-    command = ["segment", tmp_path, "--checkpoint", tiny_run / "model", "--device", "cpu"]
-    told = cli(*command, "--output", tmp_path / "found", "--preset", preset)
+    monkeypatch.setattr("smtc.segment_video.segment_video", record)
+    command = ["segment", frames_of(synthetic_data, "00000"), "--checkpoint", tiny_run / "model"]
+    command += ["--device", "cpu", "--output", tmp_path / "found"]
+    told = cli(*command)
     assert told.code == 0 and "2 objects in 2 frames" in told.out
-    assert asked == [(tmp_path, tmp_path / "found", preset, False)]
+    assert asked["preset"] == PRESETS["default"] and not asked["training"]
+    assert (asked["frames"], asked["output"]) == (8, tmp_path / "found")
+    assert (asked["maps"], asked["rate"], asked["batch"]) == ("instance", None, 4)
+    more = "--preset official --score 0.7 --area 0.02 --max-objects 9 --resolution 64 96 --seed 5"
+    more += " --precision bf16 --maps semantic --fps 12.5 --batch 2"
+    assert cli(*command, *more.split()).code == 0
+    assert asked["preset"] == dataclasses.replace(
+        PRESETS["official"],
+        similarity=0.7,
+        min_object=0.02,
+        max_objects=9,
+        size=(64, 96),
+        seed=5,
+        precision="bf16",
+    )
+    assert (asked["maps"], asked["rate"], asked["batch"]) == ("semantic", 12.5, 2)
 
 
 def test_evaluate_an_untrained_model_by_seed(
