@@ -106,14 +106,14 @@ def _pairs(predicted: Masks, true: Masks, disk: NDArray[np.uint8]) -> tuple[Floa
 
 
 def _sizes(masks: Masks) -> NDArray[np.int64]:
-    return np.count_nonzero(masks, axis=(1, 2)).astype(np.int64)
+    """Pixels of each mask; one by one, which NumPy counts much faster than along an axis."""
+    return np.array([np.count_nonzero(mask) for mask in masks], np.int64)
 
 
 def _overlaps(first: Masks, second: Masks) -> NDArray[np.int64]:
     """Pixels `[K,M]` that each of `[K,h,w]` shares with each of `[M,h,w]`, which should be few."""
     flat = first.reshape(len(first), second[0].size)
-    columns = [np.count_nonzero(flat[:, np.flatnonzero(mask)], axis=1) for mask in second]
-    return np.stack(columns, axis=1).astype(np.int64)
+    return np.stack([_sizes(flat[:, np.flatnonzero(mask)]) for mask in second], axis=1)
 
 
 def _near(points: Masks, disk: NDArray[np.uint8]) -> Masks:

@@ -82,12 +82,12 @@ def _present(labels: Labels) -> Masks:
     return labels == ids[ids > 0][:, None, None]
 
 
-def _largest(instances: Labels, count: int) -> NDArray[np.int64]:
+def _largest(instances: Labels, count: int) -> Labels:
     """The ids but 0 of a video, at most `count`: those of the most pixels."""
     pixels = np.bincount(instances.ravel())
     pixels[0] = 0
     order = np.argsort(-pixels, kind="stable")[:count]
-    return np.sort(order[pixels[order] > 0])
+    return np.sort(order[pixels[order] > 0]).astype(instances.dtype)
 
 
 def _padded(masks: Masks, count: int) -> Masks:
