@@ -68,6 +68,12 @@ def build_loader(
         random_gap=config.random_gap,
         seed=seed,
     )
+    if schedule.world > len(sampler.videos):
+        raise UserError(
+            f"There are {schedule.world} processes for {len(sampler.videos)} usable videos in "
+            f"{config.root}, and each process needs one of its own; start at most "
+            f"{len(sampler.videos)} processes (torchrun --nproc-per-node) or give more videos."
+        )
     known_bad = {} if manifest is None else manifest.known_bad(sampler.videos)
     if known_bad:
         _LOG.info("Known to be broken and not read: %d (smtc data inspect).", len(known_bad))

@@ -4,12 +4,15 @@ import difflib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from smtc import cli_bench, cli_data, cli_doctor, cli_evaluate, cli_models, cli_segment
 from smtc.cli_parsing import parse_config
-from smtc.errors import UserError
+from smtc.errors import ToldElsewhereError, UserError
 from smtc.progress import BesideBars
+
+_OTHERS_NEED = 5.0  # seconds to tell and to leave
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
         finally:
             sys.stdout.flush()
     except UserError as error:
-        print(f"smtc: {error}", file=sys.stderr)
+        if _speaks(error):
+            print(f"smtc: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(
@@ -34,6 +38,18 @@ def main(argv: list[str] | None = None) -> None:
         # The reader of our output has gone (`smtc … | head`): nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _speaks(error: UserError) -> bool:
+    """Whether this process tells `error`: under torchrun all of them may have met it, and one tells
+    it. While the others wait here it leaves, and torchrun ends them.
+    """
+    if isinstance(error, ToldElsewhereError):
+        time.sleep(_OTHERS_NEED)
+        return False
+    if not error.agreed and os.environ.get("RANK", "0") != "0":
+        time.sleep(_OTHERS_NEED)  # what it alone has met it tells then
+    return True
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -84,6 +100,7 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
 _STOPPED = {
     "train": "smtc: stopped. The same command goes on from its last checkpoint, if any.",
     "data": "smtc: stopped. The same command goes on with what is left.",
+    "evaluate": "smtc: stopped. The same command goes on with what is left.",
     "bench": "smtc: stopped. What was finished is in the --output folder.",
 }
 _GROUPS = {

@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with 2; a traceback means a fault of ours.
     """
+
+    agreed = False
+    """Whether the processes of a run have agreed that this one tells it."""
+
+
+class ToldElsewhereError(UserError):
+    """A mistake that another process of the run tells."""

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from smtc.errors import UserError
+from smtc.errors import ToldElsewhereError, UserError
 
 logger = logging.getLogger("smtc")
 
 Item = TypeVar("Item")
 
+_MISTAKES = "smtc/mistakes"
 _LAGGING_AFTER = 30.0  # seconds without a step of the slowest rank before it is named
 _ONCE = itertools.count()  # calls of `once_a_machine`; all processes count alike
 _ONCE_POLL = 0.1  # seconds
@@ -68,9 +69,10 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     # torchrun keeps its store when it restarts a process, and gloo would find addresses of the dead
     # ones in it.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"smtc/{attempt}", store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"smtc/{attempt}", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=patience,
@@ -81,10 +83,35 @@ def joined(device: torch.device, timeout: float = 600.0) -> Iterator[World]:
     if not world.main:
         smtc.setLevel(logging.WARNING)  # what all would say, the main process says
     try:
-        yield world
+        with _mistakes_shared(store):
+            yield world
     finally:
         smtc.setLevel(level)
         dist.destroy_process_group()
+
+
+@contextmanager
+def _mistakes_shared(store: dist.Store) -> Iterator[None]:
+    """A mistake that several processes meet is told by the first of them; those whose collectives
+    fail because it has left end as it does.
+    """
+    try:
+        yield
+    except UserError as error:
+        try:
+            error.agreed = store.add(_MISTAKES, 1) == 1
+        except RuntimeError:  # whoever keeps the store is gone
+            raise error from None
+        if error.agreed:
+            raise
+        raise ToldElsewhereError(str(error)) from error
+    except RuntimeError as error:
+        met = False
+        with suppress(RuntimeError):
+            met = store.check([_MISTAKES])
+        if not met:
+            raise
+        raise ToldElsewhereError("Another process met a mistake.") from error
 
 
 def mean(values: Tensor) -> Tensor:
