@@ -61,7 +61,7 @@ def try_torch() -> Answer:
     for kind in (torch.float32, torch.bfloat16):
         product = ones.to(kind) @ ones.to(kind)
         _expect((product == 64).all(), f"a matrix product in {kind} is wrong")
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     units = [
         f"{label} {'yes' if has.get(name) else 'no'}"
         for name, label in (("avx512_bf16", "AVX-512 bf16"), ("amx_bf16", "AMX bf16"))
@@ -114,7 +114,7 @@ def try_processes() -> Answer:
         finally:
             dist.destroy_process_group()
     if "nccl" in backends:
-        version = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        version = ".".join(map(str, torch.cuda.nccl.version()))
         return Answer("works", f"gloo, NCCL {version} and torchrun")
     return Answer("works", "gloo and torchrun; NCCL is not tried without CUDA")
 
@@ -341,9 +341,9 @@ def try_tensorboard() -> Answer:
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
-        writer = SummaryWriter(folder)  # type: ignore[no-untyped-call]
-        writer.add_scalar("x", 1.0, 0)  # type: ignore[no-untyped-call]
-        writer.close()  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(folder)
+        writer.add_scalar("x", 1.0, 0)
+        writer.close()
         _expect(any(Path(folder).iterdir()), "it writes no events")
     return Answer("works", "writes events")
 

@@ -46,7 +46,7 @@ def found(name: str, tmp_path: Path, timeout: float = 30.0) -> Finding:
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
     """A function: a package's name and its code, found before the real one by new processes."""
     folder = tmp_path / "packages"
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
 
     def install(name: str, code: str) -> None:
         (folder / name).mkdir(parents=True)
