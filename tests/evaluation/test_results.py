@@ -1,0 +1,182 @@
+"""What an evaluation refuses, and what its results say of several methods and seeds."""
+
+import csv
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from commands import Command
+
+from smtc.errors import UserError
+from smtc.evaluation.datasets import open_dataset
+from smtc.evaluation.discovery import Evaluation, evaluate
+from smtc.evaluation.methods import Inference, lone_baselines, model_methods
+from smtc.evaluation.protocols import PROTOCOLS
+from smtc.evaluation.results import Run, build_results, results_table, write_csv, write_json
+from smtc.weights import load_model
+
+
+@pytest.fixture
+def evaluation(synthetic_data: Path, tiny_run: Path, tmp_path: Path) -> Evaluation:
+    """Six videos, scored by a model, k-means (two seeds each) and a box."""
+    return Evaluation(
+        methods=model_methods(load_model(tiny_run), ["backbone", "centre-box"], Inference(), {}),
+        dataset="synthetic",
+        root=synthetic_data,
+        output=tmp_path / "out",
+        seeds=(0, 1),
+    )
+
+
+@pytest.fixture
+def three_runs(synthetic_data: Path) -> dict[str, Any]:
+    """Two videos of eight frames: a method with two seeds, and one that draws nothing."""
+    videos = open_dataset("davis2016", synthetic_data)[:2]
+
+    def scores(*values: float) -> list[dict[str, Any]]:
+        return [{"j": np.full(8, value), "f": np.full(8, math.nan)} for value in values]
+
+    runs = [
+        Run("drawn", 4, scores(0.1, 0.3)),
+        Run("drawn", 9, scores(0.5, 0.9)),
+        Run("fixed", None, scores(0.25, 0.75)),
+    ]
+    return build_results("davis2016", PROTOCOLS["davis2016"], videos, runs)
+
+
+def test_mean_and_spread_by_hand(three_runs: dict[str, Any]) -> None:
+    drawn, fixed = three_runs["methods"]["drawn"], three_runs["methods"]["fixed"]
+    assert [run["seed"] for run in drawn["runs"]] == drawn["seeds"] == [4, 9]
+    assert [run["j_frames"] for run in drawn["runs"]] == pytest.approx([0.2, 0.7])
+    assert drawn["mean"]["j_frames"] == pytest.approx(0.45)
+    assert drawn["std"]["j_frames"] == pytest.approx(0.5 / math.sqrt(2))
+    assert math.isnan(drawn["mean"]["f_frames"]) and math.isnan(drawn["std"]["f_frames"])
+    assert fixed["seeds"] is None and fixed["std"] is None
+    assert fixed["mean"]["j_sequences"] == 0.5
+    assert three_runs["method"] == "drawn" and three_runs["j_frames"] == drawn["mean"]["j_frames"]
+    assert three_runs["videos"] == 2 and three_runs["frames"] == 16
+    rows = [(row["method"], row["seed"], row["video"]) for row in three_runs["per_video"]]
+    names = ("00000", "00001")
+    assert rows == [
+        (*run, n) for run in (("drawn", 4), ("drawn", 9), ("fixed", None)) for n in names
+    ]
+    assert [row["j_frames"] for row in three_runs["per_video"]] == [0.1, 0.3, 0.5, 0.9, 0.25, 0.75]
+
+
+def test_the_table(three_runs: dict[str, Any], tmp_path: Path) -> None:
+    three_runs["methods"]["fixed"]["mean"]["j_sequences"] = -0.0001
+    lines = results_table(write_json(tmp_path / "results.json", three_runs)).splitlines()
+    assert lines == [
+        "                     drawn          fixed",
+        "                   2 seeds  nothing drawn",
+        "j_frames     0.450 ± 0.354          0.500",
+        "f_frames                 -              -",
+        "j_sequences  0.450 ± 0.354          0.000",
+        "f_sequences              -              -",
+    ]
+    for entry in three_runs["methods"].values():
+        entry["std"], entry["seeds"] = None, entry["seeds"] and [4]
+    one = results_table(write_json(tmp_path / "results.json", three_runs)).splitlines()
+    assert one[1].split() == ["seed", "4", "nothing", "drawn"]
+    assert one[2].split() == ["j_frames", "0.450", "0.500"]
+
+
+def test_rows_as_csv(three_runs: dict[str, Any], tmp_path: Path) -> None:
+    kept = write_json(tmp_path / "results.json", three_runs)
+    write_csv(tmp_path / "results.csv", kept["per_video"])
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["4", "4", "9", "9", "", ""]
+    assert rows[0]["f_frames"] == "" and float(rows[3]["j_frames"]) == 0.9
+
+
+# What an evaluation refuses.
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seeds": ()}, "--seeds are whole numbers from 0"),
+        ({"seeds": (0, -1)}, "--seeds are whole numbers from 0"),
+        ({"seeds": (0, 1, 0)}, "--seeds holds a number twice"),
+        ({"penguin": True}, "--penguin is a switch of segtrackv2, not of synthetic"),
+    ],
+)
+def test_impossible_evaluations(evaluation: Evaluation, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        dataclasses.replace(evaluation, **changes)
+
+
+def test_mistakes_of_the_command_line(
+    safe: Command, synthetic_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "discovery", "--data", synthetic_data, "--output", tmp_path / "out"]
+    command += ["--device", "cpu"]
+    weights = ["--checkpoint", tiny_run]
+    assert "twice" in safe(*command, *weights, "--seeds", 1, 1)
+    assert "from 0" in safe(*command, *weights, "--seeds", -1)
+    told = "There is no baseline 'whole-fram'; did you mean 'whole-frame'?"
+    assert told in safe(*command, "--baselines", "whole-fram")
+    assert "The baseline backbone needs a model" in safe(*command, "--baselines", "all")
+    assert "There is no file" in safe(*command, "--backbone", tmp_path / "absent.pth")
+    assert "only one of" in safe(*command, *weights, "--backbone", tiny_run)
+    assert "clusters is 1" in safe(*command, *weights, "--clusters", 1)
+
+
+# What the results say.
+
+
+def test_a_method_without_a_draw_is_scored_once(evaluation: Evaluation) -> None:
+    results = evaluate(evaluation)
+    methods = results["methods"]
+    assert list(methods) == ["model", "backbone alone", "centre box"]
+    assert results["method"] == "model"
+    assert [entry["seeds"] for entry in methods.values()] == [[0, 1], [0, 1], None]
+    assert methods["centre box"]["std"] is None
+    runs = methods["backbone alone"]["runs"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    both = [run["ari"] for run in runs]
+    assert methods["backbone alone"]["mean"]["ari"] == pytest.approx(sum(both) / 2)
+    assert methods["backbone alone"]["std"]["ari"] == pytest.approx(abs(both[0] - both[1]) / 2**0.5)
+    assert results["ari"] == methods["model"]["mean"]["ari"]
+    rows = [(row["method"], row["seed"], row["video"]) for row in results["per_video"]]
+    names = [f"{index:05}" for index in range(6)]
+    drawn = [("model", 0), ("model", 1), ("backbone alone", 0), ("backbone alone", 1)]
+    assert rows == [(*run, name) for run in [*drawn, ("centre box", None)] for name in names]
+    manifest = json.loads((evaluation.output / "manifest.json").read_text())
+    assert [method["seeds"] for method in manifest["methods"]] == [[0, 1], [0, 1], None]
+    assert manifest["methods"][2]["switches"]["box"] == "the central 0.5 of height and width"
+
+
+def test_baselines_alone_and_what_is_told(
+    cli: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", "discovery", "--data", synthetic_data, "--dataset", "davis2016"]
+    command += ["--baselines", "centre-box", "whole-frame", "--output", tmp_path / "out"]
+    told = cli(*command)
+    assert told.code == 0
+    lines = told.out.splitlines()
+    assert lines[0].split() == ["whole", "frame", "centre", "box"]
+    assert lines[1].split() == ["nothing", "drawn", "nothing", "drawn"]
+    shown = dict((line.split()[0], line.split()[1:]) for line in lines[2:-1])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for column, entry in enumerate(results["methods"].values()):
+        assert len(entry["mean"]) == len(shown) == 12
+        for score, mean in entry["mean"].items():
+            assert shown[score][column] == f"{mean:.3f}"
+    assert len({len(line) for line in lines[:-1]}) == 1  # aligned
+    assert "±" not in told.out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["checkpoint"] is None and manifest["weights_sha256"] is None
+
+
+def test_lone_baselines_need_no_torch_model(synthetic_data: Path, tmp_path: Path) -> None:
+    methods = lone_baselines(["whole-frame"])
+    given = {"methods": methods, "dataset": "davis2016", "root": synthetic_data}
+    results = evaluate(Evaluation(**given, output=tmp_path / "out", seeds=(5, 6)))
+    assert results["best_slot_j_frames"] == results["j_frames"] > 0
+    assert results["methods"]["whole frame"]["seeds"] is None
