@@ -15,6 +15,7 @@ from torch import Tensor
 
 from smtc import export as module
 from smtc.backbones import build_encoder
+from smtc.config import BackboneConfig
 from smtc.export import ParityError, export
 from smtc.inference import InferenceSettings, predict
 from smtc.model import SMTC
@@ -115,9 +116,7 @@ def test_another_size_and_other_iterations(tiny_run: Path, tmp_path: Path) -> No
         {"gradient": "full", "slots": 3, "instances": 1, "backbone.position_embedding": "learned"},
         pytest.param(
             {
-                "backbone.architecture": "resnet50",
-                "backbone.patch": 16,
-                "backbone.feature": "tokens",
+                "backbone": BackboneConfig(architecture="resnet50", feature="tokens"),
                 "resolution": (64, 64),
             },
             marks=pytest.mark.slow,
@@ -155,6 +154,7 @@ def test_the_graph_holds_torchs_own_operations_and_the_noise_as_a_constant(
     assert not names & {"aten::__rshift__", "aten::log", "aten::cos", "aten::randn"}
     noise = load_model(tiny_run).inference_noise(torch.device("cpu"))
     assert torch.equal(program.state_dict["noise"], noise)
+    assert program.example_inputs is None  # they would be megabytes
 
 
 def test_the_settings_say_what_a_user_needs(exported: Path, tiny_run: Path) -> None:
@@ -226,13 +226,18 @@ def test_one_wrong_value_in_any_output_is_noticed(tiny_run: Path, name: str, by:
 def test_a_position_on_the_threshold_does_not_condemn_a_file(tiny_run: Path) -> None:
     model, shape = load_model(tiny_run).requires_grad_(False), module._Shape((32, 32), 3)
 
+    batches = []
+
     def wrong(call: int, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if call < 2:  # the first draw: a batch of one clip, and one of three
+        batches.append(len(outputs["scores"]))
+        if call < 2:  # the first draw
             outputs["instance"] += 1e-3
         return outputs
 
     found = module._compare(spoilt(model, shape, wrong), model, shape, "model.pt2")
     assert 0 < found["instance"] <= 1e-5
+    # Others than the two clips that a file is traced with.
+    assert batches == [1, 3, 1, 3]
 
 
 # Mistakes.
