@@ -107,8 +107,8 @@ class _Collected:
         height, width = mask.shape
         if width > WIDTH:
             size = WIDTH, max(1, round(height * WIDTH / width))
-            frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-            mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+            frame = np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
+            mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST), np.uint8)
         self.size = mask.shape[1], mask.shape[0]
         image = _encode(".jpg", frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
         self.frames.append(_Frame(number, image, _encode(".png", mask, []), dict(scores)))
