@@ -453,6 +453,16 @@ def test_a_cache_that_cannot_be_written(
     assert server.asked == []
 
 
+def test_a_cache_that_can_only_be_read_serves_what_it_has(
+    server: Server, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = mounted("size=1m")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    resolve_weights("dino", VIT_S)
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    assert resolve_weights("dino", VIT_S) == cached(DINO)
+
+
 def test_a_file_in_place_of_the_cache(server: Server) -> None:
     cached().parent.mkdir(parents=True)
     cached().write_text("")
