@@ -56,37 +56,50 @@ def seen(tmp_path: Path) -> list[list[str]]:
     return [path.read_text().split() for path in sorted(tmp_path.glob("seen*"))]
 
 
-@pytest.fixture
-def two_videos(synthetic_data: Path, tmp_path: Path) -> Path:
-    data = Path(shutil.copytree(synthetic_data, tmp_path / "data"))
-    for video in range(2, 6):
+def with_videos(data: Path, count: int) -> Path:
+    """`data` without all but `count` of its six videos."""
+    for video in range(count, 6):
         for kind in ("JPEGImages", "Annotations", "Categories"):
             shutil.rmtree(data / kind / "480p" / f"{video:05}")
     return data
 
 
-def test_three_processes_write_what_one_writes(
-    cli: Command, two_videos: Path, tiny_run: Path, tmp_path: Path
+@pytest.fixture
+def two_videos(videos: Path) -> Path:
+    return with_videos(videos, 2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count"),
+    [
+        (2, 1),
+        pytest.param(2, 6, marks=pytest.mark.slow),
+        pytest.param(3, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_write_what_one_writes(
+    cli: Command, videos: Path, tiny_run: Path, tmp_path: Path, ranks: int, count: int
 ) -> None:
-    """More processes than videos."""
-    command = ["evaluate", "discovery", "--data", two_videos, "--checkpoint", tiny_run]
+    """There may be more processes than videos."""
+    command = ["evaluate", "discovery", "--data", with_videos(videos, count)]
+    command += ["--checkpoint", tiny_run]
     command += ["--baselines", "all", "--seeds", 0, 1, "--device", "cpu"]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     told = cli(*command, "--output", alone)
-    done = in_processes(3, tmp_path, *command, "--output", shared)
+    done = in_processes(ranks, tmp_path, *command, "--output", shared)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.replace(str(shared), str(alone)) == told.out  # and told once
     assert done.stderr.count("evaluate synthetic") == done.stderr.count("sequence")
-    assert "16/16" in done.stderr.splitlines()[-1].replace("\r", "\n")
+    assert f"{8 * count}/{8 * count}" in done.stderr.splitlines()[-1].replace("\r", "\n")
     for name in ("results.json", "results.csv", "sheet.png"):
         assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
-    one, three = (json.loads((f / "manifest.json").read_text()) for f in (alone, shared))
-    assert (one.pop("processes"), three.pop("processes")) == (1, 3)
-    assert one == three
+    one, other = (json.loads((f / "manifest.json").read_text()) for f in (alone, shared))
+    assert (one.pop("processes"), other.pop("processes")) == (1, ranks)
+    assert one == other
     parts = seen(tmp_path)
     keys = [key for part in parts for key in part]
-    assert len(keys) == len(set(keys)) == 16 and all(parts) and len(parts) > 1
-    left = {"alone", "shared", "data", "watched.py"}
+    assert len(keys) == len(set(keys)) == 8 * count and all(parts) and len(parts) > 1
+    left = {"alone", "shared", "videos", "watched.py"}
     assert {path.name for path in tmp_path.iterdir() if "seen" not in path.name} == left
 
 
