@@ -18,12 +18,11 @@ from smtc.pipelines.file_kinds import told
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 
-_MARKERS = (  # start and end of a JPEG and of a PNG file
-    (b"\xff\xd8", b"\xff\xd9"),
-    (b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"),
-)
+_JPEG, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xae\x42\x60\x82"
+_MARKERS = ((_JPEG, _JPEG_END), (_PNG, _PNG_END))
+_PIXELS_FOLLOW = b"\xda"  # the second byte of a JPEG's start of scan
 _PADDING = b"\x00\xff\r\n\t "  # some writers add it after the end
-_MARKER = 8  # bytes of the longest
 _END = 512  # bytes read at either end of a file to look for markers
 _IMREAD_RGB: int | None = getattr(cv2, "IMREAD_COLOR_RGB", None)  # OpenCV 4.11; saves a pass
 
@@ -67,18 +66,16 @@ def check_image(path: str | Path) -> None:
     with _opened(path) as file:
         head = file.read(_END)
         file.seek(max(0, file.seek(0, os.SEEK_END) - _END))
-        tail = file.read(_END)
-        if len(tail.rstrip(_PADDING)) < _MARKER:
+        if not _ends(head, file.read(_END)):
             file.seek(0)
-            tail = file.read()
-    _check_markers(path, head, tail)
+            _check_whole(path, file.read())
 
 
 def _read_bytes(path: str | Path) -> bytes:
     """The content of a JPEG or PNG file that has its end marker."""
     with _opened(path) as file:
         data = file.read()
-    _check_markers(path, data, data)
+    _check_whole(path, data)
     return data
 
 
@@ -98,17 +95,40 @@ def _opened(path: str | Path) -> Iterator[IO[bytes]]:
         raise BadFrame(path, f"it cannot be read ({error.strerror})") from None
 
 
-def _check_markers(path: str | Path, head: bytes, tail: bytes) -> None:
-    if not head:
+def _ends(head: bytes, tail: bytes) -> bool:
+    """Whether a file that begins and ends like this is a JPEG or PNG file up to its end marker."""
+    end = next((end for start, end in _MARKERS if head.startswith(start)), None)
+    return end is not None and tail.rstrip(_PADDING).endswith(end)
+
+
+def _check_whole(path: str | Path, data: bytes) -> None:
+    """`BadFrame` for content that is no JPEG or PNG file, or one without its end."""
+    if _ends(data, data):
+        return
+    if not data:
         raise BadFrame(path, "the file is empty")
-    for start, end in _MARKERS:
-        if head.startswith(start):
-            if tail.rstrip(_PADDING).endswith(end):
-                return
-            raise BadFrame(path, "the file is cut short")
-    what = told(head)
-    also = "" if what is None else f" but {what}"
-    raise BadFrame(path, f"it is neither a JPEG nor a PNG file{also}")
+    if data.startswith(_JPEG):
+        whole = _has_end(data)
+    elif data.startswith(_PNG):
+        whole = _PNG_END in data
+    else:
+        what = told(data[:_END])
+        also = "" if what is None else f" but {what}"
+        raise BadFrame(path, f"it is neither a JPEG nor a PNG file{also}")
+    if not whole:
+        raise BadFrame(path, "the file is cut short")
+
+
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG has its end marker behind the start of its pixels: cameras append what they
+    like, and a thumbnail in the header has an end of its own.
+    """
+    at = len(_JPEG)
+    while data[at : at + 1] == b"\xff":
+        if data[at + 1 : at + 2] == _PIXELS_FOLLOW:
+            return data.find(_JPEG_END, at) >= 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
 
 
 @functools.cache

@@ -87,6 +87,12 @@ def build_loader(
     source = f"{kind} decoded each time" if packed is None else "packed frames"
     _LOG.info("Clips from %s, augmented by %s.", source, "DALI" if by_dali else "OpenCV")
     if by_dali:
+        if manifest is None and packed is None and sampler.videos[0].container is None:
+            _LOG.info(
+                "DALI can die of damaged files: run `smtc data inspect %s` once, and training "
+                "leaves out what it finds.",
+                config.root,
+            )
         return DaliLoader(
             *(config, schedule, sampler, faults),
             size=size,
