@@ -49,6 +49,8 @@ class _Segment:
     """Of the noise that instance slots start from."""
     fps: float | None = None
     """Of the overlay; the video's, or 10, when not given."""
+    viewer: bool = False
+    """Also write viewer.html, a page to look at the result in a browser."""
     batch: int = 4
     """Windows of four frames that the model sees at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -86,6 +88,7 @@ def _segment(arguments: list[str]) -> None:
         preset=settings,
         maps=flags.maps,
         rate=flags.fps,
+        viewer=flags.viewer,
         batch=flags.batch,
     )
     print(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,6 @@ from smtc.errors import UserError
 from smtc.film import film, film_size
 from smtc.folders import whole_folder
 from smtc.inference import (
-    FrameSegmentation,
     InferenceSettings,
     inference_settings,
     segment_frames,
@@ -26,14 +25,17 @@ from smtc.model import SMTC
 from smtc.pipelines.frame_source import FrameSource, open_source
 from smtc.pipelines.images import write_ids
 from smtc.progress import track
+from smtc.viewer import open_viewer
 from smtc.visualize import overlay
 
 Pixels = NDArray[np.uint8]
 Maps = Literal["instance", "semantic"]
+Show = Callable[[Pixels, Pixels, Mapping[int, float]], None]
+"""Shows a frame, its ids and their scores to whoever looks at the result."""
 
 RATE = 10.0
 """Frames a second of the overlay where the video does not say."""
-_HOLDS = ("masks", "scores.json", "overlay.mp4")
+_HOLDS = ("masks", "scores.json", "overlay.mp4", "viewer.html")
 
 
 @dataclass
@@ -65,6 +67,7 @@ def segment_video(
     preset: str | InferenceSettings = "default",
     maps: Maps = "instance",
     rate: float | None = None,
+    viewer: bool = False,
     batch: int = 4,
 ) -> Summary:
     """Segment a video of any length, and write masks, scores and an overlay to `output`.
@@ -78,6 +81,7 @@ def segment_video(
             replaced when all is done.
         maps: "instance" (0 is background), or "semantic": the semantic slot of each pixel.
         rate: frames a second of the overlay; none: the video's own, or 10.
+        viewer: also write `viewer.html`, one page to look at the result in a browser.
 
     Raises `UserError` where the video or `output` cannot be read or written, and as `segment`;
     nothing half-written stays.
@@ -93,15 +97,22 @@ def segment_video(
         )
     small: deque[Pixels] = deque()
     summary = Summary()
+    rate = rate or video.rate or RATE
     with _result(output, video.name) as folder, ExitStack() as stack:
-        add = stack.enter_context(film(folder / "overlay.mp4", rate or video.rate or RATE))
+        shows = [stack.enter_context(_overlay(folder / "overlay.mp4", rate))]
+        if viewer:
+            page = folder / "viewer.html"
+            shows.append(stack.enter_context(open_viewer(page, video.name, fps=rate)))
         found = segment_frames(model, _shrunk(video, small), settings=settings, batch=batch)
-        shown = track(found, total=len(video), title=f"segment {video.name}", unit="frame")
+        bar = track(found, total=len(video), title=f"segment {video.name}", unit="frame")
         scores = []
-        for index, frame in enumerate(shown):
+        for index, frame in enumerate(bar):
             mask = frame.semantic if maps == "semantic" else frame.mask
             write_ids(folder / "masks" / video.name / f"{index:05d}.png", mask)
-            add(_shown(small.popleft(), mask, maps, frame))
+            picture = small.popleft()
+            ids = _small_ids(mask, picture, frame.background if maps == "semantic" else None)
+            for show in shows:
+                show(picture, ids, frame.scores if maps == "instance" else {})
             scores.append(frame.scores)
             summary.add(frame.scores)
         content = {
@@ -140,10 +151,18 @@ def _shrunk(frames: Iterable[Pixels], small: deque[Pixels]) -> Iterator[Pixels]:
         yield frame
 
 
-def _shown(frame: Pixels, mask: Pixels, maps: Maps, found: FrameSegmentation) -> Pixels:
-    """The overlay of a frame in the film's size; the background stays clear."""
-    height, width = frame.shape[:2]
-    ids = mask
-    if maps == "semantic":
-        ids = np.where(mask == found.background, 0, mask.astype(np.int16) % 255 + 1)
-    return overlay(frame, cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST))
+def _small_ids(mask: Pixels, picture: Pixels, background: int | None) -> Pixels:
+    """A mask in the size of `picture`; with a semantic `background`, that is 0 and others count
+    from 1.
+    """
+    height, width = picture.shape[:2]
+    ids = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+    if background is None:
+        return np.asarray(ids, np.uint8)
+    return np.where(ids == background, 0, ids.astype(np.int16) % 255 + 1).astype(np.uint8)
+
+
+@contextmanager
+def _overlay(path: Path, rate: float) -> Iterator[Show]:
+    with film(path, rate) as add:
+        yield lambda picture, ids, scores: add(overlay(picture, ids))

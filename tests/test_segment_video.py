@@ -85,6 +85,16 @@ def test_a_video_file_gives_what_its_frames_give(tmp_path):
     assert shown.get(cv2.CAP_PROP_FPS) == 5
 
 
+@pytest.mark.parametrize("maps", ["instance", "semantic"])
+def test_a_page_to_look_at_it(tmp_path, maps):
+    folder = write_frames(tmp_path / "in", scene())
+    segment_video(ColourModel(), folder, tmp_path / "out", viewer=True, maps=maps)
+    page = (tmp_path / "out" / "viewer.html").read_text()
+    assert page.count("data:image/jpeg") == page.count("data:image/png") == 6
+    segment_video(ColourModel(), folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "viewer.html").exists()
+
+
 @pytest.mark.parametrize("frames", [1, 3, 5])
 def test_short_videos(tmp_path, frames):
     found = segment_video(
