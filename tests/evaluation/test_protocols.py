@@ -230,6 +230,14 @@ def test_a_proposal_where_an_object_is_gone_is_wrong():
     scores = davis2017([TRUE, TRUE], [TRUE, NONE])
     assert scores["per_sequence_j"].tolist() == [[1, 0]]
     assert same(scores["per_frame_j"], [[1, math.nan]])
+    row = PROTOCOLS["davis2017-unsupervised"].summarise([scores])
+    assert (row["per_sequence_j_recall"], row["per_frame_j_recall"]) == (1 / 2, 1)
+
+
+def test_an_object_may_stay_when_the_first_is_gone():
+    scores = davis2017([TRUE + OTHER, OTHER * 4], [TRUE + OTHER, OTHER])
+    assert same(scores["per_frame_j"], [[1, math.nan], [1, 1]])
+    assert same(scores["per_frame_f"], [[1, math.nan], [1, 1]])
 
 
 def test_proposals_left_over_are_ignored():
@@ -361,6 +369,11 @@ def test_what_is_small_or_badly_hit_is_not_matched():
     hit = square(10, 15, 10)  # 50 of 150: a third
     counts, _ = identity([small + grazing, small + hit], [small + TRUE] * 2)
     assert counts["ids_visible"] == [1, 1] and counts["ids_matched"] == [0, 1]
+
+
+def test_background_is_no_id():
+    counts, _ = identity([np.where(TRUE > 0, 0, 3)], [TRUE])
+    assert counts["ids_matched"] == [0] and counts["ids_visible"] == [1]
 
 
 def test_one_id_is_matched_to_one_object():
