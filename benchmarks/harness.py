@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -141,6 +141,9 @@ def write_whole(path: Path, text: str) -> None:
         raise UserError(
             f"{path} cannot be written ({error.strerror}); give another --output."
         ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _strict(value: Any) -> Any:

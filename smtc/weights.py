@@ -11,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,7 @@ def checkpoint_hash(path: str | Path) -> str:
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], settings: dict[str, Any]) -> None:
     """Write a model folder; both files are complete before either gets its name."""
+    was_there = folder.exists()
     _open_folder(folder)
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT, **settings}, indent=2) + "\n"
@@ -351,6 +353,9 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], settings: dict[str, Any]
     finally:
         for partial in partials:
             partial.unlink(missing_ok=True)
+        if not was_there:
+            with suppress(OSError):  # it holds the model
+                folder.rmdir()
 
 
 def _open_folder(folder: Path) -> None:
