@@ -6,20 +6,16 @@ these classes. Letters in the comments as in the paper: T frames a clip, N seman
 instance slots a semantic, D width.
 """
 
-import dataclasses
+import difflib
 import math
-import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from smtc.config_values import flatten, from_dict, require, to_dict
 from smtc.errors import UserError
 from smtc.public_weights import published
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +46,12 @@ class BackboneConfig:
     """Hidden width of a two-layer head after the encoder (tiny presets); 0: none."""
 
     def __post_init__(self) -> None:
-        _require(self.patch >= 1, f"model.backbone.patch is {self.patch}; it must be at least 1.")
-        _require(
+        require(self.patch >= 1, f"model.backbone.patch is {self.patch}; it must be at least 1.")
+        require(
             self.neck >= 0,
             f"model.backbone.neck is {self.neck}; use 0 for no neck or a positive width.",
         )
-        _require(
+        require(
             0 <= self.drop_path < 1,
             f"model.backbone.drop-path is {self.drop_path}; it must lie in [0, 1).",
         )
@@ -63,11 +59,11 @@ class BackboneConfig:
             object.__setattr__(self, "weights", None)
         published(self.weights, self.architecture, self.patch)
         if self.architecture == "resnet50":
-            _require(
+            require(
                 self.patch == 16,
                 "The resnet50 backbone has stride 16; set model.backbone.patch to 16.",
             )
-            _require(
+            require(
                 self.feature == "tokens",
                 'The resnet50 backbone has no keys; set model.backbone.feature to "tokens".',
             )
@@ -109,16 +105,16 @@ class ModelConfig:
     """Of the vision transformer: torch's scaled_dot_product_attention, or xformers' (CUDA only)."""
 
     def __post_init__(self) -> None:
-        _require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")
-        _require(
+        require(self.slots >= 1, f"model.slots is {self.slots}; at least 1 slot is needed.")
+        require(
             1 <= self.instances <= 8,
             f"model.instances is {self.instances}; the exact assignment handles 1 to 8.",
         )
-        _require(
+        require(
             self.iterations >= 1, f"model.iterations is {self.iterations}; at least 1 is needed."
         )
         for side in self.resolution:
-            _require(
+            require(
                 side >= self.backbone.patch and side % self.backbone.patch == 0,
                 f"model.resolution {self.resolution[0]}x{self.resolution[1]} is no multiple of the "
                 f"patch ({self.backbone.patch}); use {side - side % self.backbone.patch}, say.",
@@ -160,20 +156,20 @@ class ObjectiveConfig:
     """Teacher masks are raised to this power and renormalised (ours; 1 elsewhere)."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             0 < self.epsilon < math.inf,
             f"objective.epsilon is {self.epsilon}; it must be positive.",
         )
-        _require(
+        require(
             self.iterations >= 1,
             f"objective.iterations is {self.iterations}; at least 1 is needed.",
         )
-        _require(self.teacher_sharpening > 0, "objective.teacher-sharpening must be positive.")
+        require(self.teacher_sharpening > 0, "objective.teacher-sharpening must be positive.")
         for name in ("mask_threshold", "area"):
             value = getattr(self, name)
             flag = name.replace("_", "-")
-            _require(0 <= value <= 1, f"objective.{flag} is {value}; it lies in [0, 1].")
-        _require(self.instance_from_step >= 0, "objective.instance-from-step must not be negative.")
+            require(0 <= value <= 1, f"objective.{flag} is {value}; it lies in [0, 1].")
+        require(self.instance_from_step >= 0, "objective.instance-from-step must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +189,7 @@ class WarmStartConfig:
     """Chance that a whole batch is grey."""
 
     def __post_init__(self) -> None:
-        _require(self.shift >= 0, f"warm-start.shift is {self.shift}; it must not be negative.")
+        require(self.shift >= 0, f"warm-start.shift is {self.shift}; it must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,25 +213,23 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("flip", "grayscale", "jitter_chance", "blur"):
             value = getattr(self, name)
-            _require(
+            require(
                 0 <= value <= 1,
                 f"data.augment.{name.replace('_', '-')} is {value}; a chance lies in [0, 1].",
             )
         if self.crop is not None:
             low, high = self.crop
-            _require(
+            require(
                 0 < low <= high <= 1,
                 f"data.augment.crop is {low} {high}; use 0 < least <= greatest <= 1.",
             )
         low, high = self.blur_sigma
-        _require(
-            0 < low <= high, f"data.augment.blur-sigma is {low} {high}; use 0 < least <= most."
-        )
-        _require(
+        require(0 < low <= high, f"data.augment.blur-sigma is {low} {high}; use 0 < least <= most.")
+        require(
             min(self.jitter) >= 0 and self.jitter[3] <= 0.5,
             f"data.augment.jitter is {self.jitter}; use values from 0, the last (hue) up to 0.5.",
         )
-        _require(
+        require(
             self.blur_kernel >= 1 and self.blur_kernel % 2 == 1,
             f"data.augment.blur-kernel is {self.blur_kernel}; it must be odd.",
         )
@@ -292,15 +286,15 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        _require(self.frames >= 2, f"data.frames is {self.frames}; a clip needs at least 2 frames.")
-        _require(self.gap >= 1, f"data.gap is {self.gap}; it must be at least 1.")
-        _require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative.")
-        _require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1.")
-        _require(
+        require(self.frames >= 2, f"data.frames is {self.frames}; a clip needs at least 2 frames.")
+        require(self.gap >= 1, f"data.gap is {self.gap}; it must be at least 1.")
+        require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative.")
+        require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1.")
+        require(
             0 <= self.hardware_decoder <= 1,
             f"data.hardware-decoder is {self.hardware_decoder}; a share lies in [0, 1].",
         )
-        _require(
+        require(
             0 <= self.max_bad_share <= 1,
             f"data.max-bad-share is {self.max_bad_share}; a share lies in [0, 1].",
         )
@@ -334,24 +328,24 @@ class OptimConfig:
     """AdamW: torch's fused one, or NVIDIA apex's FusedAdam (CUDA only)."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be positive and finite.")
-        _require(
+        require(0 < self.lr < math.inf, f"optim.lr is {self.lr}; it must be positive and finite.")
+        require(
             self.warmup_steps >= 0,
             f"optim.warmup-steps is {self.warmup_steps}; it must not be negative.",
         )
-        _require(
+        require(
             self.encoder_from_step >= -1,
             f"optim.encoder-from-step is {self.encoder_from_step}; use -1 for never.",
         )
-        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm must be positive.")
-        _require(
+        require(self.clip_norm is None or self.clip_norm > 0, "optim.clip-norm must be positive.")
+        require(
             all(0 <= beta < 1 for beta in self.betas),
             f"optim.betas is {self.betas}; both lie in [0, 1).",
         )
         for name in ("eps", "weight_decay", "final_lr", "encoder_lr"):
             value = getattr(self, name)
             flag = name.replace("_", "-")
-            _require(value >= 0, f"optim.{flag} is {value}; it must not be negative.")
+            require(value >= 0, f"optim.{flag} is {value}; it must not be negative.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,9 +357,7 @@ class TeacherConfig:
     """head: the teacher's encoder stays as it was initialised (released code)."""
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.momentum <= 1, f"teacher.momentum is {self.momentum}; it lies in [0, 1]."
-        )
+        require(0 <= self.momentum <= 1, f"teacher.momentum is {self.momentum}; it lies in [0, 1].")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -413,25 +405,23 @@ class TrainConfig:
     """Seconds that a process waits for the others."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
-        _require(0 <= self.seed < 2**31, f"train.seed is {self.seed}; it lies in [0, 2^31).")
-        _require(self.batch >= 1, f"train.batch is {self.batch}; at least 1 clip is needed.")
-        _require(
-            self.log_every >= 1, f"train.log-every is {self.log_every}; it must be at least 1."
-        )
-        _require(
+        require(self.steps >= 0, f"train.steps is {self.steps}; it must not be negative.")
+        require(0 <= self.seed < 2**31, f"train.seed is {self.seed}; it lies in [0, 2^31).")
+        require(self.batch >= 1, f"train.batch is {self.batch}; at least 1 clip is needed.")
+        require(self.log_every >= 1, f"train.log-every is {self.log_every}; it must be at least 1.")
+        require(
             self.checkpoint_every >= 1,
             f"train.checkpoint-every is {self.checkpoint_every}; it must be at least 1.",
         )
         for name in ("accumulate", "keep_checkpoints"):
             value = getattr(self, name)
-            _require(value >= 1, f"train.{name.replace('_', '-')} is {value}; use 1 or more.")
-        _require(
+            require(value >= 1, f"train.{name.replace('_', '-')} is {value}; use 1 or more.")
+        require(
             self.pictures_every >= 0,
             f"train.pictures-every is {self.pictures_every}; use 0 for none.",
         )
-        _require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive.")
-        _require(
+        require(self.timeout > 0, f"train.timeout is {self.timeout}; it must be positive.")
+        require(
             self.threads is None or 1 <= self.threads <= 1024,
             f"train.threads is {self.threads}; use 1 or more.",
         )
@@ -450,8 +440,8 @@ class EvalConfig:
     """What makes a checkpoint the best; none: fg_iou (synthetic), j_sequences (davis2016)."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 0, f"eval.every is {self.every}; use 0 for never.")
-        _require(
+        require(self.every >= 0, f"eval.every is {self.every}; use 0 for never.")
+        require(
             not self.every or self.data is not None,
             "eval.every needs held-out videos with masks; name their folder with --eval.data.",
         )
@@ -477,80 +467,27 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, value in flatten(to_dict(self)).items():
-            _require(value != "", f"{name.replace('_', '-')} is empty; leave it out instead.")
-            _require(
+            require(value != "", f"{name.replace('_', '-')} is empty; leave it out instead.")
+            require(
                 not isinstance(value, float) or math.isfinite(value),
                 f"{name.replace('_', '-')} is {value}; it must be a finite number.",
             )
 
+    def override(self, settings: Mapping[str, Any]) -> "Config":
+        """The same with other values for dotted settings, as in `{"train.steps": 100}`.
 
-_TYPES = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text in quotes",
-}
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
-    return dataclasses.asdict(config)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def from_dict(kind: type, values: dict[str, Any], where: str = "") -> Any:
-    """The config of class `kind` that `to_dict` wrote; an unknown key or a wrong type is a
-    `UserError`.
-    """
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{where or kind.__name__} should be a table of settings, not {type(values).__name__}."
-        )
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise UserError(
-            f"Unknown setting {where}{unknown[0]!r}; known there: {', '.join(sorted(hints))}."
-        )
-    made = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            made[name] = from_dict(typing.cast(type, hints[name]), value, f"{where}{name}.")
-        else:
-            made[name] = _typed(hints[name], value, f"{where}{name}")
-    return kind(**made)
-
-
-def _typed(hint: Any, value: Any, name: str) -> Any:
-    """`value` as JSON or TOML gave it, checked against one of the annotations used above."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value, name)
-    if origin is Literal:
-        _require(
-            value in arguments,
-            f"{name} is {value!r}; choose from {', '.join(map(repr, arguments))}.",
-        )
-        return value
-    if origin is tuple:
-        _require(
-            isinstance(value, list | tuple) and len(value) == len(arguments),
-            f"{name} is {value!r}; it needs a list of {len(arguments)} values.",
-        )
-        return tuple(_typed(a, v, name) for a, v in zip(arguments, value, strict=True))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _require(type(value) is hint, f"{name} is {value!r}; it should be {_TYPES[hint]}.")
-    return value
+        Raises `UserError` for an unknown setting and an impossible value.
+        """
+        values = to_dict(self)
+        for name, value in settings.items():
+            *tables, last = name.split(".")
+            table = values
+            for inner in tables:
+                table = table.get(inner) if isinstance(table, dict) else None
+            if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):
+                known = flatten(to_dict(self))
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "see smtc train --help."
+                raise UserError(f"There is no setting {name!r}; {hint}")
+            table[last] = value
+        return typing.cast(Config, from_dict(Config, values))

@@ -177,3 +177,33 @@ def test_impossible_values_in_a_file_are_refused_too() -> None:
         from_dict(Config, {"model": {"slots": 0}})
     with pytest.raises(UserError, match="Config"):
         from_dict(Config, [])
+
+
+def test_settings_are_overridden_by_their_dotted_names() -> None:
+    config = presets.tiny().override(
+        {
+            "train.steps": 7,
+            "model.backbone.drop_path": 0,
+            "output": "a",
+            "model.resolution": [64, 32],
+        }
+    )
+    assert (config.train.steps, config.output, config.model.resolution) == (7, "a", (64, 32))
+    assert config.model.backbone.drop_path == 0.0
+    assert config.optim == presets.tiny().optim and presets.tiny().train.steps != 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train.step": 7}, "no setting 'train.step'; did you mean 'train.steps'"),
+        ({"train": 7}, "no setting 'train'"),
+        ({"train.steps.more": 7}, "no setting 'train.steps.more'"),
+        ({"xyzzy": 7}, "no setting 'xyzzy'; see smtc train --help"),
+        ({"train.steps": -7}, "train.steps is -7"),
+        ({"train.steps": "7"}, "train.steps is '7'; it should be a whole number"),
+    ],
+)
+def test_impossible_overrides_are_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        presets.tiny().override(settings)
