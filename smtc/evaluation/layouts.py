@@ -1,7 +1,7 @@
 """Where each data set keeps its frames and masks, and how its masks become ids."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -239,7 +239,7 @@ def files(folder: Path, suffixes: Sequence[str], kind: str) -> list[Path]:
     return found
 
 
-LAYOUTS: Mapping[str, Layout] = {
+LAYOUTS: dict[str, Layout] = {
     "synthetic": Layout(("JPEGImages/480p", "Annotations/480p"), open_synthetic),
     "davis2016": Layout(("JPEGImages/480p", "Annotations/480p"), open_davis2016),
     "davis2017-unsupervised": Layout(

@@ -54,7 +54,7 @@ def score_proposals(
     ids = _largest(instances, MOST_PER_SEQUENCE)
     all_are_tracked = proposals is None and len(ids) < MOST_PER_SEQUENCE
 
-    def score(index: int) -> tuple[NDArray[np.float64], tuple[Floats, Floats]]:
+    def score(index: int) -> tuple[Floats, Floats]:
         void = true[index] == _VOID
         objects = true[index] == keys[:, None, None]
         tracked = _padded(instances[index] == ids[:, None, None], len(keys))
