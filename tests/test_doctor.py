@@ -184,11 +184,11 @@ def test_a_library_that_breaks(
 
 
 def test_a_library_that_hangs(installed: Callable[[str, str], None], tmp_path: Path) -> None:
-    """So does what it started, which holds the pipes open."""
+    """So does what it started, which holds the pipes open; what they leave lies in our folder."""
     pid = tmp_path / "pid"
     installed(
         "av",
-        "import pathlib, subprocess, time\n"
+        "import pathlib, subprocess, tempfile, time\ntempfile.mkdtemp(prefix='left')\n"
         f"child = subprocess.Popen(['sleep', '60'])\npathlib.Path({str(pid)!r}).write_text("
         "str(child.pid))\ntime.sleep(60)",
     )
@@ -196,6 +196,7 @@ def test_a_library_that_hangs(installed: Callable[[str, str], None], tmp_path: P
     finding = found("PyAV", tmp_path, timeout=0.7)
     assert (finding.state, finding.detail) == ("broken", "no answer within 0.7 s")
     assert time.monotonic() - began < 10
+    assert len(list(tmp_path.glob("left*"))) == 1
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # until the system has buried it
             os.kill(int(pid.read_text()), 0)
