@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,9 +11,7 @@ import numpy as np
 from smtc.errors import UserError
 from smtc.evaluation.videos import (
     EvaluationVideo,
-    MaskReader,
     Pixels,
-    read_first,
     read_grey,
     read_mask,
     size_text,
@@ -59,9 +57,10 @@ def open_davis2017_unsupervised(root: Path) -> list[EvaluationVideo]:
         raise UserError(
             f"There is no list {root / listed}; write the sequences to score into it, one a line."
         )
+    videos = [_davis_video(root, name, "Annotations_unsupervised") for name in sorted(names)]
     return [
-        _davis_video(root, name, "Annotations_unsupervised", read=_read_davis2017)
-        for name in sorted(names)
+        replace(video, read=partial(_read_davis2017, first=video.annotations[0]))
+        for video in videos
     ]
 
 
@@ -71,17 +70,16 @@ def _davis_video(
     masks: str,
     *,
     categories: bool = False,
-    read: MaskReader = read_first,
 ) -> EvaluationVideo:
     frames = files(root / "JPEGImages/480p" / name, FRAME_SUFFIXES, "frames")
     annotations = _masks(root / masks / "480p" / name, frames)
     kinds = None
     if categories and (root / "Categories").is_dir():
         kinds = [path for (path,) in _masks(root / "Categories/480p" / name, frames)]
-    return EvaluationVideo(name, frames, [*annotations], kinds, read)
+    return EvaluationVideo(name, frames, [*annotations], kinds)
 
 
-def _read_davis2017(paths: Sequence[Path]) -> Pixels:
+def _read_davis2017(paths: Sequence[Path], *, first: Sequence[Path] | None) -> Pixels:
     ids = read_mask(paths[0])
     beyond = ids[(ids > MOST_OBJECTS) & (ids != VOID)]
     if beyond.size:
@@ -89,6 +87,12 @@ def _read_davis2017(paths: Sequence[Path]) -> Pixels:
             paths[0],
             f"it holds the id {beyond.max()}, but DAVIS-2017 has objects 1 to {MOST_OBJECTS} and "
             f"void {VOID}; use the original palette PNGs of Annotations_unsupervised",
+        )
+    if paths == first and not np.any((ids > 0) & (ids != VOID)):
+        raise BadFrame(
+            paths[0],
+            "it shows no object, but a video's first mask defines those that are scored; use the "
+            "original palette PNGs of Annotations_unsupervised",
         )
     return ids
 

@@ -302,10 +302,14 @@ def test_objects_are_those_of_the_first_frame(tmp_path):
     late = [TRUE, TRUE + OTHER]
     scores = davis2017(late, late)
     assert scores["per_sequence_j"].shape == (1, 2)
-    root = write_davis2017(tmp_path, {"a": [np.where(TRUE > 0, 255, 0).astype(np.uint8)]})
-    (video,) = open_dataset("davis2017-unsupervised", root)
+    void = np.where(TRUE > 0, 255, 0).astype(np.uint8)
     with pytest.raises(UserError, match="first mask shows no object; use the masks of Annotations"):
-        scores_of("davis2017-unsupervised", seen([TRUE]), video.load_truth())
+        davis2017([TRUE, TRUE], [void, TRUE])
+    root = write_davis2017(tmp_path, {"a": [void, TRUE], "b": [TRUE, void]})
+    first, second = open_dataset("davis2017-unsupervised", root)
+    with pytest.raises(UserError, match=r"a/00000\.png: it shows no object, .*; use the original"):
+        first.load_truth()
+    assert second.load_truth()[1].max() == 255
 
 
 def test_a_data_set_on_disk_gives_the_same(tmp_path):
