@@ -28,8 +28,8 @@ const drawn = (number) => new Promise((done) => {
   const look = () => canvas.dataset.frame === String(number) ? done() : setTimeout(look, 5);
   look();
 });
-const key = (name, target = document.body) => target.dispatchEvent(
-  new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true }));
+const key = (name, target = document.body, more = {}) => target.dispatchEvent(
+  new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true, ...more }));
 const at = (x, y) => [...context.getImageData(x, y, 1, 1).data].slice(0, 3);
 const slide = (input, value) => { input.value = value; input.dispatchEvent(new Event("input")); };
 const hover = (x, y) => {
@@ -43,9 +43,14 @@ const result = {};
 """
 
 
-def grey(number: int, size: tuple[int, int] = (48, 64)) -> Pixels:
-    """A frame whose grey says which it is."""
-    return np.full((*size, 3), 20 * number + 20, np.uint8)
+def colour_of(number: int) -> list[int]:
+    """Says which frame it is."""
+    return [20 * number + 20, 20 * number + 20, 100]
+
+
+def plain(number: int, size: tuple[int, int] = (48, 64)) -> Pixels:
+    """A frame of one colour."""
+    return np.full((*size, 3), colour_of(number), np.uint8)
 
 
 def boxes_of(number: int, size: tuple[int, int] = (48, 64)) -> Pixels:
@@ -58,7 +63,7 @@ def boxes_of(number: int, size: tuple[int, int] = (48, 64)) -> Pixels:
 
 
 def film(count: int, **size: Any) -> tuple[Iterator[Pixels], Iterator[Pixels], list[Any]]:
-    frames = (grey(number % 10, **size) for number in range(count))
+    frames = (plain(number % 10, **size) for number in range(count))
     masks = (boxes_of(number, **size) for number in range(count))
     scores = [
         {2: 0.5 + number / 100} | ({200: 0.25} if number % 2 == 0 else {})
@@ -138,7 +143,7 @@ def test_the_browser_draws_frames_under_their_masks(tmp_path: Path) -> None:
         await drawn(0);
         result.plain = at(30, 20);
         result.half = at(10, 20);
-        result.edge = at(4, 20);
+        result.edges = [at(4, 20), at(19, 20), at(10, 8), at(10, 39)];
         result.other = at(50, 20);
         result.size = [canvas.width, canvas.height];
         slide(opacity, 100);
@@ -149,12 +154,12 @@ def test_the_browser_draws_frames_under_their_masks(tmp_path: Path) -> None:
     )
     colours = object_palette().astype(int)
     assert told["size"] == [64, 48]
-    assert close(told["plain"], [20] * 3)
-    assert close(told["half"], (colours[2] + 20) / 2)
-    assert close(told["other"], (colours[200] + 20) / 2)
-    assert told["edge"] == colours[2].tolist()
+    assert close(told["plain"], colour_of(0))
+    assert close(told["half"], (colours[2] + colour_of(0)) / 2)
+    assert close(told["other"], (colours[200] + colour_of(0)) / 2)
+    assert told["edges"] == [colours[2].tolist()] * 4
     assert told["full"] == [colours[2].tolist(), colours[200].tolist()]
-    assert all(close(pixel, [20] * 3) for pixel in told["none"])
+    assert all(close(pixel, colour_of(0)) for pixel in told["none"])
 
 
 @needs_browser
@@ -171,6 +176,11 @@ def test_keys_the_slider_and_play_choose_the_frame(tmp_path: Path) -> None:
         key("ArrowLeft"); await drawn(2); result.left = look();
         key("Home"); await drawn(0); result.home = look();
         slide(slider, 2); await drawn(2); result.slid = look();
+        key("ArrowLeft", document.body, { ctrlKey: true }); result.control = wanted;
+        result.hurried = [];
+        new MutationObserver(() => result.hurried.push(canvas.dataset.frame)).observe(
+          canvas, { attributes: true });
+        slide(slider, 0); slide(slider, 3); await drawn(3); slide(slider, 2); await drawn(2);
         result.button = [said("play")];
         key(" "); result.button.push(said("play"));
         key(" ", find("play")); result.button.push(said("play"));
@@ -188,6 +198,8 @@ def test_keys_the_slider_and_play_choose_the_frame(tmp_path: Path) -> None:
     assert told["beyond"] == 3
     assert close(told["left"][:1], [60]) and close(told["home"][:1], [20])
     assert told["slid"][1:] == [2, "2 of 0 … 3"] and close(told["slid"][:1], [60])
+    assert told["control"] == 2
+    assert told["hurried"][:2] == ["3", "2"]  # never the one that was left at once
     # The button itself takes the space bar as a click.
     assert told["button"] == ["Play", "Pause", "Pause", "Play"]
     assert told["ended"] == ["Play", 3]
@@ -205,6 +217,8 @@ def test_objects_can_be_hidden_and_pointed_at(tmp_path: Path) -> None:
         hover(50, 20); result.right = said("under");
         result.marked = document.querySelector("#objects .under").textContent;
         hover(30, 20); result.between = said("under");
+        const corners = [[4, 8], [19, 39], [40, 39], [59, 8], [3, 8], [4, 40], [60, 8]];
+        result.corners = corners.map(([x, y]) => { hover(x, y); return under; });
         slide(opacity, 100);
         boxes()[0].click();
         result.hidden = [at(10, 20), at(50, 20)];
@@ -221,8 +235,9 @@ def test_objects_can_be_hidden_and_pointed_at(tmp_path: Path) -> None:
     assert told["right"] == "object 200, score 0.25"
     assert told["marked"] == "object 2000.25"
     assert told["between"] == ""
-    assert close(told["hidden"][0], [20] * 3) and told["hidden"][1] == colours[200]
-    assert close(told["later"][0], [40] * 3)
+    assert told["corners"] == [2, 2, 200, 200, 0, 0, 0]
+    assert close(told["hidden"][0], colour_of(0)) and told["hidden"][1] == colours[200]
+    assert close(told["later"][0], colour_of(1))
     assert told["later"][1] == "object 20.51object 200–"
     assert told["back"] == colours[2]
 
@@ -231,9 +246,7 @@ def test_objects_can_be_hidden_and_pointed_at(tmp_path: Path) -> None:
 def test_a_title_is_text_and_a_long_film_says_what_it_leaves_out(tmp_path: Path) -> None:
     title = '</script><b id="bold">&amp; "quoted"'
     frames, masks, scores = film(9)
-    page = write_viewer(
-        tmp_path / "film.html", title, frames, masks, scores=scores, fps=10, limit=4
-    )
+    page = write_viewer(tmp_path / "film.html", title, frames, masks, scores=scores, fps=1, limit=4)
     told = browse(
         page,
         """
@@ -242,11 +255,18 @@ def test_a_title_is_text_and_a_long_film_says_what_it_leaves_out(tmp_path: Path)
         result.titles = [document.title, document.querySelector("h1").textContent];
         result.bold = document.getElementById("bold");
         result.note = said("note");
+        const delays = [], real = window.setTimeout;
+        window.setTimeout = (next, delay) => { delays.push(delay); return real(next, 0); };
+        key(" ");
+        while (said("play") === "Pause") await new Promise((done) => real(done, 5));
+        result.longest = Math.max(...delays);
         """,
     )
     assert told["titles"] == [title, title] and told["bold"] is None
     assert told["note"].startswith("Every 4th of 9 frames. ")
     assert close([told["grey"]], [180])
+    # As long as the four frames that each one stands for.
+    assert 1000 < told["longest"] <= 4000
 
 
 @pytest.mark.parametrize(
@@ -272,8 +292,9 @@ def test_frames_are_sampled_evenly(
 
 
 def test_wide_frames_are_made_smaller_and_narrow_ones_kept(tmp_path: Path) -> None:
-    wide = data_of(write(tmp_path / "wide.html", 1, film={"size": (480, 1280)}))
+    wide = data_of(write(tmp_path / "wide.html", 1, film={"size": (481, 1283)}))
     assert wide["size"] == [640, 240]
+    assert wide["ids"] == [2, 200]  # and no mixtures of them
     narrow = data_of(write(tmp_path / "narrow.html", 1, film={"size": (900, 600)}))
     assert narrow["size"] == [600, 900]
 
@@ -284,7 +305,7 @@ def test_only_compressed_frames_are_held(tmp_path: Path) -> None:
         held = add.__self__  # type: ignore[attr-defined]
         most = 0
         for number in range(200):
-            add(grey(number % 10), boxes_of(number), {})
+            add(plain(number % 10), boxes_of(number), {})
             most = max(most, len(held.frames))
     assert most == 5
 
@@ -300,7 +321,7 @@ def test_nothing_half_written_stays(tmp_path: Path) -> None:
         write(tmp_path / "film.html", 0)
 
     def broken() -> Iterator[Pixels]:
-        yield grey(0)
+        yield plain(0)
         raise UserError("frame 1 is damaged")
 
     with pytest.raises(UserError, match="damaged"):
@@ -327,7 +348,7 @@ def test_a_full_disk_is_told_and_an_earlier_page_kept(mounted: Any) -> None:
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mask: expected \[48, 64\], got \[48, 65\]"):
         write_viewer(
-            tmp_path / "a.html", "x", [grey(0)], [np.zeros((48, 65), np.uint8)], scores=[{}], fps=1
+            tmp_path / "a.html", "x", [plain(0)], [np.zeros((48, 65), np.uint8)], scores=[{}], fps=1
         )
     with pytest.raises(ValueError, match="limit: expected at least 1"):
         write(tmp_path / "a.html", 1, limit=0)
