@@ -49,6 +49,9 @@ class _Discovery:
     Several give mean ± standard deviation; what draws nothing is scored once."""
     preset: Literal["default", "official"] = "default"
     """official: the authors' multi-object script (480x800 frames, 5 iterations, overlapping)."""
+    resolution: tuple[int, int] | None = None
+    """Height and width that the model sees, multiples of its patch; the preset's or the model's own
+    (an encoder alone: 256x256) when not given."""
     clusters: int = 4
     """Of k-means."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -88,10 +91,10 @@ def _methods(settings: _Discovery, device: "torch.device") -> "list[Method]":
     from smtc.inference import PRESETS
     from smtc.weights import load_encoder, load_model
 
-    inference = methods.Inference(
-        settings=dataclasses.replace(PRESETS[settings.preset], precision=settings.precision),
-        clusters=settings.clusters,
-    )
+    chosen = dataclasses.replace(PRESETS[settings.preset], precision=settings.precision)
+    if settings.resolution is not None:
+        chosen = dataclasses.replace(chosen, size=settings.resolution)
+    inference = methods.Inference(settings=chosen, clusters=settings.clusters)
     baselines = methods.baseline_names(settings.baselines)
     sources = settings.checkpoint, settings.backbone, settings.untrained
     if sum(source is not None for source in sources) > 1:

@@ -178,16 +178,20 @@ def test_few_random_models_stay_in_memory(config: ModelConfig) -> None:
 def test_clusters_are_objects_that_persist_and_the_border_is_background(
     video: EvaluationVideo,
 ) -> None:
-    found = model_methods("backbone", clusters=3)["backbone alone"].find(video, SIZE, seed=1)
-    truth = video.load_truth()
-    assert metrics.region_similarity(found.instances > 0, truth > 0).min() > 0.85
-    assert not found.instances[:, 0].any()
-    # The same cluster is red in all frames, and green another one.
-    places = zip((0, 3, 9), found.instances, strict=True)
-    ids = [[labels[28, 14 + 4 * index], labels[28, 85]] for index, labels in places]
-    assert ids[0] == ids[1] == ids[2] and ids[0][0] != ids[0][1] and min(ids[0]) > 0
-    assert np.array_equal(found.instances > 0, found.semantic != found.semantic[0, 0, 0])
-    assert found.regions is found.semantic
+    method, truth = model_methods("backbone", clusters=3)["backbone alone"], video.load_truth()
+    behind = set()
+    for seed in (0, 17, 29):
+        found = method.find(video, SIZE, seed)
+        assert metrics.region_similarity(found.instances > 0, truth > 0).min() > 0.85
+        # The same cluster is red in all frames, and green another one.
+        places = zip((0, 3, 9), found.instances, strict=True)
+        ids = [[labels[28, 14 + 4 * index], labels[28, 85]] for index, labels in places]
+        assert ids[0] == ids[1] == ids[2] and ids[0][0] != ids[0][1] and min(ids[0]) > 0
+        background = found.semantic[0, 0, 0]
+        assert np.array_equal(found.instances > 0, found.semantic != background)
+        assert found.regions is found.semantic
+        behind.add(int(background))
+    assert len(behind) > 1  # whichever number the background's cluster has
 
 
 def test_a_short_video_is_clustered_as_the_learning_table_does(video: EvaluationVideo) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import Command
 
+from smtc import cli_evaluate
 from smtc.errors import UserError
 from smtc.evaluation.datasets import open_dataset
 from smtc.evaluation.discovery import Evaluation, evaluate
-from smtc.evaluation.methods import Inference, lone_baselines, model_methods
+from smtc.evaluation.methods import Inference, Method, lone_baselines, model_methods
 from smtc.evaluation.protocols import PROTOCOLS
 from smtc.evaluation.results import Run, build_results, results_table, write_csv, write_json
 from smtc.weights import load_model
@@ -125,6 +127,8 @@ def test_mistakes_of_the_command_line(
     assert "There is no file" in safe(*command, "--backbone", tmp_path / "absent.pth")
     assert "only one of" in safe(*command, *weights, "--backbone", tiny_run)
     assert "clusters is 1" in safe(*command, *weights, "--clusters", 1)
+    for source in (weights, ["--backbone", tiny_run]):
+        assert "multiple" in safe(*command, *source, "--resolution", 33, 40)
 
 
 # What the results say.
@@ -172,6 +176,24 @@ def test_baselines_alone_and_what_is_told(
     assert "±" not in told.out
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["checkpoint"] is None and manifest["weights_sha256"] is None
+
+
+def test_the_flags_reach_the_methods(tiny_run: Path) -> None:
+    def made(**flags: Any) -> list[Method]:
+        given = cli_evaluate._Discovery(data=Path("data"), output=Path("out"), **flags)
+        return cli_evaluate._methods(given, torch.device("cpu"))
+
+    settings = {"resolution": (48, 64), "precision": "bf16", "clusters": 3}
+    for method in made(checkpoint=tiny_run, baselines=("backbone",), **settings):
+        assert method.switches["size"] == [48, 64] and method.switches["precision"] == "bf16"
+        assert method.switches.get("clusters", 3) == 3
+        assert method.weights is not None and method.weights["path"] == str(tiny_run)
+    alone = made(backbone=str(tiny_run), baselines=("random",))
+    assert [method.name for method in alone] == ["backbone alone", "random weights"]
+    assert alone[0].switches["size"] == [256, 256] and alone[0].switches["clusters"] == 4
+    for method in made(untrained="tiny", baselines=("backbone",), preset="official"):
+        assert method.switches["size"] == [480, 800] and method.switches["mean"][0] == 0.43216
+    assert [method.name for method in made(baselines=("whole-frame",))] == ["whole frame"]
 
 
 def test_lone_baselines_need_no_torch_model(synthetic_data: Path, tmp_path: Path) -> None:

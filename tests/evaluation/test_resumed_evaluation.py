@@ -1,6 +1,7 @@
 """An evaluation that was stopped goes on with what is left, and ends as if it never had been."""
 
 import dataclasses
+import json
 import logging
 import os
 import random
@@ -314,6 +315,27 @@ def test_a_link_to_the_output_is_followed(
     evaluate(evaluation)
     assert os.listdir(tmp_path / "disk") == ["real"] and evaluation.output.is_symlink()
     assert contents(tmp_path / "disk" / "real")
+
+
+def test_a_record_has_its_name_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = KeptScores(tmp_path / "out")
+    assert kept.begin(["a"]) == {}
+    kept.write("a", {"scores": [0.1, None]})
+    whole = {"a": {"scores": [0.1, None]}}
+    assert kept.begin(["a"]) == whole
+
+    def stop(self: Path, target: Path) -> None:
+        assert json.loads(self.read_text()) == {"scores": []}
+        raise Stopped
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(Stopped):
+        kept.write("a", {"scores": []})
+    assert len(list(kept.folder.iterdir())) == 2
+    assert kept.begin(["a", "b"]) == whole
+    assert [path.name for path in kept.folder.iterdir()] == ["a.json"]
 
 
 def test_records_that_cannot_be_written(tmp_path: Path) -> None:
