@@ -152,8 +152,7 @@ def _fbms_video(folder: Path) -> EvaluationVideo:
     by_number.pop(-1, None)
     annotations: list[tuple[Path, ...] | None] = [None] * len(frames)
     for path in masks:
-        stem = re.sub(r"_gt$", "", path.stem, flags=re.IGNORECASE)
-        index = by_name.get(stem, by_number.get(_number(stem)))
+        index = by_name.get(path.stem, by_number.get(_number(path.stem)))
         if index is None:
             raise UserError(
                 f"{path} belongs to no frame of {folder}; complete the copy of FBMS-59."
