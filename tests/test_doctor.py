@@ -360,9 +360,6 @@ def test_opencv_without_an_encoder_of_videos(monkeypatch: pytest.MonkeyPatch) ->
 
         def __init__(self, *_: object) -> None: ...
 
-        def isOpened(self) -> bool:  # noqa: N802
-            return False
-
         def write(self, _: object) -> None: ...
 
         def release(self) -> None: ...
