@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from commands import Command
+from PIL import Image
+from written_datasets import WRITERS
 
 from smtc import cli_evaluate
 from smtc.errors import UserError
-from smtc.evaluation.datasets import open_dataset
+from smtc.evaluation.datasets import DATASETS, open_dataset
 from smtc.evaluation.discovery import Evaluation, evaluate
 from smtc.evaluation.methods import Inference, Method, lone_baselines, model_methods
 from smtc.evaluation.protocols import PROTOCOLS
@@ -194,6 +196,31 @@ def test_the_flags_reach_the_methods(tiny_run: Path) -> None:
     for method in made(untrained="tiny", baselines=("backbone",), preset="official"):
         assert method.switches["size"] == [480, 800] and method.switches["mean"][0] == 0.43216
     assert [method.name for method in made(baselines=("whole-frame",))] == ["whole frame"]
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_data_set_and_method(
+    cli: Command, tiny_run: Path, tmp_path: Path, dataset: str
+) -> None:
+    data = WRITERS[dataset](tmp_path / "data")
+    command = ["evaluate", "discovery", "--dataset", dataset, "--data", data]
+    command += ["--checkpoint", tiny_run, "--baselines", "all", "--device", "cpu"]
+    told = cli(*command, "--output", tmp_path / "out")
+    assert told.code == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    names = ["model", "backbone alone", "random weights", "whole frame", "centre box"]
+    assert list(results["methods"]) == names and results["dataset"] == dataset
+    videos = open_dataset(dataset, data)
+    assert len(results["per_video"]) == 5 * len(videos)
+    assert results["frames"] == sum(len(video.annotated) for video in videos)
+    scores = results["methods"]["centre box"]["mean"]
+    assert scores.keys() <= results.keys() and len(scores) > 3
+    assert all(line.split()[0] in scores for line in told.out.splitlines()[2:-1])
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["protocol"] == f"discovery {dataset}"
+    assert manifest["switches"].get("penguin") == (False if dataset == "segtrackv2" else None)
+    with Image.open(tmp_path / "out" / "sheet.png") as sheet:
+        assert sheet.size[1] > 100 * min(6, len(videos))
 
 
 def test_lone_baselines_need_no_torch_model(synthetic_data: Path, tmp_path: Path) -> None:
