@@ -299,6 +299,10 @@ def failing_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SMTCMethod, "training_step", fail)
 
 
+def unlogged_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smtc.training.trainer.read_metrics", lambda _: [{"loss": 1.0}])
+
+
 def unsaved_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SMTCMethod, "save_model", lambda *_: None)
 
@@ -318,6 +322,7 @@ def unsaved_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("matplotlib", dead_figure, "draws no PNG"),
         ("C++ compiler", failing_compiler, "false fails"),
         ("training", failing_step, "RuntimeError: the device is on fire"),
+        ("training", unlogged_step, "the losses are [1.0]"),
         ("training", unsaved_model, "no model was written"),
     ],
 )
@@ -394,15 +399,20 @@ def test_few_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried("open files") == Answer("limited", "256 (may be raised to unlimited)")
 
 
-def test_a_disk_that_is_full_and_one_that_is_read_only(
-    monkeypatch: pytest.MonkeyPatch, read_only: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("size=64k", "cache 0.0 GiB free; cache is nearly full"),
+        ("ro,size=3g", "cache 3.0 GiB free; {} cannot be written (Read-only file system)"),
+    ],
+)
+def test_a_disk_without_room(
+    monkeypatch: pytest.MonkeyPatch, mounted: Callable[[str], Path], options: str, said: str
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(read_only))
-    monkeypatch.chdir(tmp_path)
+    folder = mounted(options)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     answer = tried("disk")
-    assert answer.state == "limited", answer
-    assert "cache is nearly full" in answer.detail  # it has 64 kB
-    assert f"{read_only} cannot be written (Read-only file system)" in answer.detail
+    assert answer.state == "limited" and answer.detail.endswith(said.format(folder)), answer
 
 
 # The report.
