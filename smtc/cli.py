@@ -6,9 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
-from smtc import cli_bench, cli_data, cli_doctor, cli_evaluate, cli_models, cli_segment
-from smtc.cli_parsing import parse_config
+import tyro
+
+from smtc import __version__, cli_bench, cli_data, cli_doctor, cli_evaluate, cli_models, cli_segment
+from smtc.cli_parsing import parse, parse_config
 from smtc.errors import ToldElsewhereError, UserError
 from smtc.progress import BesideBars
 
@@ -56,11 +60,14 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return
+    if arguments[0] == "--version":
+        print(f"smtc {__version__}")
+        return
+    arguments = [_checked(argument, number) for number, argument in enumerate(arguments)]
     command, rest = arguments[0], arguments[1:]
-    group = _GROUPS.get(command)
-    if group is not None:
+    if command in _GROUPS:
         if not rest or rest[0] in ("-h", "--help"):
-            print(f"smtc {command} " + "|".join(group) + "   (each has --help)")
+            print(_group_help(command))
             return
         command, rest = f"{command} {rest[0]}", rest[1:]
     if command not in _COMMANDS:
@@ -68,10 +75,37 @@ def _dispatch(arguments: list[str]) -> None:
     _COMMANDS[command](rest)
 
 
+def _checked(argument: str, number: int) -> str:
+    """`argument` with a leading ~ expanded, which shells leave as it is behind an equals sign."""
+    flag, equals, value = argument.partition("=")
+    if not equals or not flag.startswith("--"):
+        flag, equals, value = "", "", argument
+    if not value:
+        what = f"The value of {flag}" if flag else f"Argument {number + 1}"
+        raise UserError(f"{what} is empty; give a value, or leave it out.")
+    if value == "~" or value.startswith("~/"):
+        value = os.path.expanduser(value)
+    return flag + equals + value
+
+
 def _overview() -> str:
-    lines = ["smtc: self-supervised object-centric learning in video", ""]
-    lines += [f"  smtc {name:<22}{run.__doc__}" for name, run in _COMMANDS.items()]
-    return "\n".join([*lines, "", "Each command has --help."])
+    lines = ["smtc: self-supervised object-centric learning in video.", ""]
+    lines += ["For example: smtc segment holiday.mp4 --checkpoint runs/mine --output found"]
+    left = dict(_COMMANDS)
+    for title, first in _TITLES.items():
+        names = [name for name in left if name.partition(" ")[0] in first]
+        lines += ["", title]
+        lines += [f"  smtc {name:<22}{left.pop(name).__doc__}" for name in names]
+    return "\n".join(
+        [*lines, "", "Each command has --help. `smtc --version` says which one this is."]
+    )
+
+
+def _group_help(group: str) -> str:
+    commands = {name: run for name, run in _COMMANDS.items() if name.startswith(f"{group} ")}
+    lines = [f"  smtc {name:<22}{run.__doc__}" for name, run in commands.items()]
+    sentence, example = _GROUPS[group]
+    return "\n".join([sentence, "", f"For example: {example}", "", *lines, "", "Each has --help."])
 
 
 def _nearest(word: str, known: list[str]) -> str:
@@ -88,6 +122,27 @@ def _train(arguments: list[str]) -> None:
     print(f"The run is in {run.folder}, its model in {run.model_folder}.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Completion:
+    """Print a script that completes commands, flags and values in a shell.
+
+    For example: smtc completion bash > ~/.local/share/bash-completion/completions/smtc
+
+    For zsh: smtc completion zsh > a folder of $fpath, as a file called _smtc. Either can also be
+    read at once, as by: source <(smtc completion bash)
+    """
+
+    shell: tyro.conf.Positional[Literal["bash", "zsh"]]
+
+
+def _completion(arguments: list[str]) -> None:
+    """a script that completes commands and flags in bash or zsh"""
+    settings = parse(_Completion, "completion", arguments)
+    from smtc.completion import script
+
+    print(script(settings.shell, _COMMANDS), end="")
+
+
 _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     **cli_segment.COMMANDS,
@@ -95,15 +150,33 @@ _COMMANDS: dict[str, Callable[[list[str]], None]] = {
     **cli_data.COMMANDS,
     **cli_models.COMMANDS,
     **cli_doctor.COMMANDS,
+    "completion": _completion,
     **cli_bench.COMMANDS,
 }
+_TITLES = {
+    "Learn and find:": ("train", "segment", "evaluate"),
+    "Data:": ("data",),
+    "Models:": ("convert", "export"),
+    "This machine:": ("doctor", "completion"),
+    "Benchmarks:": ("bench",),
+}
+"""Headings of the overview, and the first words of the commands under each."""
 _STOPPED = {
     "train": "smtc: stopped. The same command goes on from its last checkpoint, if any.",
+    "segment": "smtc: stopped. The same command goes on where it stopped.",
     "data": "smtc: stopped. The same command goes on with what is left.",
     "evaluate": "smtc: stopped. The same command goes on with what is left.",
     "bench": "smtc: stopped. What was finished is in the --output folder.",
 }
 _GROUPS = {
-    group: tuple(name.split()[1] for name in _COMMANDS if name.startswith(group + " "))
-    for group in ("evaluate", "data", "bench")
+    "evaluate": (
+        "Score what a model finds against true masks.",
+        "smtc evaluate discovery --data data/synthetic/val --checkpoint runs/tiny --output scores",
+    ),
+    "data": ("Look at, check and prepare videos for training.", "smtc data inspect videos"),
+    "bench": (
+        "Measure operations, loaders and training steps on this machine.",
+        "smtc bench parity --output build/bench",
+    ),
 }
+"""First words of commands of two: what they are for, and an example."""

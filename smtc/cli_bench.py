@@ -25,6 +25,8 @@ class _Bench:
 class _BenchParity(_Bench):
     """Compare every operation, forward and backward, with the oracle in float64.
 
+    For example: smtc bench parity --output build/bench
+
     Prints the worst errors, writes parity.json, exits with 1 after a miss.
     """
 
@@ -36,6 +38,8 @@ class _BenchParity(_Bench):
 @dataclass(frozen=True, kw_only=True)
 class _BenchKernels(_Bench):
     """Time every operation, forward, backward and both, for each provider.
+
+    For example: smtc bench kernels --output build/bench --ops sinkhorn --sizes 256
 
     Prints tables and writes kernels.json. What fails its parity check is not timed.
     """
@@ -55,6 +59,8 @@ class _BenchKernels(_Bench):
 @dataclass(frozen=True, kw_only=True)
 class _BenchData:
     """Count the clips that each loader makes, beside a plain DataLoader with PIL or OpenCV.
+
+    For example: smtc bench data --output build/bench --providers torch pil
 
     Prints tables and writes data.json. Takes about five minutes on two cores.
     """
@@ -82,6 +88,8 @@ class _BenchData:
 class _BenchStep:
     """Time a whole training step for each provider, beside the paper's equations taken literally.
 
+    For example: smtc bench step --output build/bench --providers plain eager-bf16
+
     Prints tables and writes step.json. One case without flags, in at most ten minutes.
     """
 
@@ -107,6 +115,8 @@ class _BenchStep:
 class _BenchMemory:
     """Measure the memory of a step at many sizes, fit a law to it and say what fits.
 
+    For example: smtc bench memory --output build/bench
+
     Prints tables and writes memory.json. Takes about five minutes on two cores.
     """
 
@@ -124,6 +134,8 @@ class _BenchMemory:
 @dataclass(frozen=True, kw_only=True)
 class _BenchQuality:
     """Train the preset tiny in fp32 and in the fastest form, over seeds, and compare the scores.
+
+    For example: smtc bench quality --output build/bench --seeds 3
 
     Prints tables and writes quality.json, where what was there of the same settings is kept: a
     benchmark that was stopped goes on. Takes about half an hour on two cores.
@@ -145,6 +157,8 @@ class _BenchQuality:
 @dataclass(frozen=True, kw_only=True)
 class _BenchScaling:
     """Time steps on 1, 2, 4, … processes of this machine: weak and strong scaling.
+
+    For example: smtc bench scaling --output build/bench --ranks 1 2
 
     Prints tables and writes scaling.json. Takes about a minute on two cores.
     """
@@ -170,6 +184,8 @@ class _BenchScaling:
 class _BenchProfile:
     """Record a few steps: a Chrome trace, the operators or kernels that take longest, the gaps.
 
+    For example: smtc bench profile --output build/bench --preset tiny
+
     Writes trace.json.gz (for ui.perfetto.dev) and profile.json, and prints tables. On a CPU the
     gaps are what the main thread spends outside of any operator.
     """
@@ -193,7 +209,10 @@ class _BenchProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class _BenchTune(_Bench):
-    """Search for faster launch options on a GPU and print rows for kernels/tuning.py."""
+    """Search for faster launch options on a GPU and print rows for kernels/tuning.py.
+
+    For example: smtc bench tune --output build/bench --ops sinkhorn
+    """
 
     sizes: tuple[int, ...] = ()
     """Positions L; 256 1024 1500 when not given."""
@@ -205,7 +224,10 @@ class _BenchTune(_Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class _BenchStatic(_Bench):
-    """Compile every kernel for GPUs that are not here and hold it against its budget."""
+    """Compile every kernel for GPUs that are not here and hold it against its budget.
+
+    For example: smtc bench static --output build/bench --architectures sm_90
+    """
 
     architectures: tuple[str, ...] = ("sm_80", "sm_90", "sm_100")
     """Of sm_80, sm_90, sm_100."""
@@ -214,6 +236,8 @@ class _BenchStatic(_Bench):
 @dataclass(frozen=True, kw_only=True)
 class _BenchReport:
     """Print a benchmark folder's results and write them as one page, report.html.
+
+    For example: smtc bench report build/bench
 
     Needs no network, nor does the page. With --readme only that file's tables are written.
     """
@@ -230,6 +254,8 @@ class _BenchReport:
 @dataclass(frozen=True, kw_only=True)
 class _BenchCompare:
     """Compare two results of one benchmark, before and after a change; the worst comes last.
+
+    For example: smtc bench compare build/before build/bench
 
     Exits with 1 where something is slower, takes more memory or fails now: the change is above
     the threshold and the ranges from the 20th to the 80th percentile do not touch.

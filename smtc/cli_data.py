@@ -8,16 +8,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smtc.cli_parsing import parse, parse_config, take
+from smtc.cli_parsing import DESCRIBE, TRAINING, Described, parse, parse_config, take
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Synthesize:
-    """Write synthetic videos of textured moving objects with exact masks, in the DAVIS layout."""
+    """Write synthetic videos of textured moving objects with exact masks, in the DAVIS layout.
+
+    For example: smtc data synthesize data/videos --videos 64 --difficulty hard
+    """
 
     folder: tyro.conf.Positional[Path]
+    """Where they go; a set of the same settings that is there already is kept."""
     videos: int = 256
     frames: int = 8
+    """Of each video."""
     size: int = 96
     """Pixels on a side."""
     seed: int = 0
@@ -29,6 +34,8 @@ class _Synthesize:
 @dataclass(frozen=True, kw_only=True)
 class _Inspect:
     """Read every file of a data folder once and say what is there and what is broken.
+
+    For example: smtc data inspect videos
 
     Writes a manifest that the loaders use; exits with 1 when a file is broken.
     """
@@ -47,6 +54,8 @@ class _Inspect:
 @dataclass(frozen=True, kw_only=True)
 class _Pack:
     """Decode and resize every frame once, into files that train faster.
+
+    For example: smtc data pack videos --size 256
 
     Goes on where an earlier call stopped.
     """
@@ -119,6 +128,8 @@ def _data_pack(arguments: list[str]) -> None:
 
 def _data_preview(arguments: list[str]) -> None:
     """a picture of the clips that a training run will see"""
+    if arguments == [DESCRIBE]:
+        raise Described(_Preview, *TRAINING)
     if {"-h", "--help"} & set(arguments):
         arguments = ["--help"]
     own, arguments = _taken(("--output", "--clips", "--step"), arguments)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,9 +18,35 @@ Settings = TypeVar("Settings")
 
 _SHORT_NAMES = {"--data": "--data.root"}
 
+DESCRIBE = "--describe-flags"
+"""As a command's only argument: it raises `Described` instead of running."""
+
+
+class Described(Exception):  # noqa: N818
+    """The classes that a command reads its flags into."""
+
+    def __init__(self, *kinds: type) -> None:
+        super().__init__(kinds)
+        self.kinds = kinds
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What `smtc train` takes besides the settings themselves."""
+
+    preset: str
+    config: Path
+    data: Path
+
+
+TRAINING = (_Start, Config)
+"""What describes the flags of training."""
+
 
 def parse(kind: type[Settings], command: str, arguments: list[str], **options: Any) -> Settings:
     """Typed settings from flags; what is wrong with them becomes one sentence."""
+    if arguments == [DESCRIBE]:
+        raise Described(kind)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -38,12 +65,15 @@ def _unboxed(text: str) -> str:
 
 def parse_config(arguments: list[str]) -> Config:
     """The config of `smtc train`'s arguments: a preset, then a TOML file, then flags."""
+    if arguments == [DESCRIBE]:
+        raise Described(*TRAINING)
     preset, arguments = take("--preset", arguments)
     file, arguments = take("--config", arguments)
     default = _default(preset, None if file is None else SettingsFile(Path(file)))
     arguments = [_long_name(argument) for argument in arguments]
     description = (
         "Train on a folder of videos, or go on with the run in the output folder.\n\n"
+        "For example: smtc train --data videos --output runs/mine --model.backbone.weights dino\n\n"
         f"--preset NAME starts from a preset ({', '.join(presets.PRESETS)}; fixed when not given) "
         "and --config FILE.toml changes it; the flags below win over both. "
         "--data DIR is short for --data.root DIR."
