@@ -102,7 +102,7 @@ def write_segtrackv2(root):
         for number in range(1, 7):
             mask = in_grey(square(2 + 6 * (number - 1), 20, 4), edge=255)
             save(truth / f"penguin/{number}/penguin_{index:05d}.png", mask)
-    (truth / "girl/.DS_Store").write_bytes(b"\0")
+    (truth / "girl/._girl_00000.png").write_bytes(b"\0")  # what macOS leaves behind
     return root
 
 
