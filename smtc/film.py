@@ -17,6 +17,8 @@ Pixels = NDArray[np.uint8]
 LONGEST = 1920
 """Pixels on the longer side of a film."""
 _THREADS = 2  # x264's bits depend on their number
+# With its look-ahead on macroblocks, two encodings of the same frames can differ.
+_X264 = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:b-adapt=0"}
 
 
 def film_size(height: int, width: int) -> tuple[int, int]:
@@ -69,7 +71,7 @@ class _H264:
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = _THREADS
-        stream.options = {"crf": "20", "preset": "veryfast"}
+        stream.options = _X264
         self._stream = stream
 
     def add(self, image: Pixels) -> None:

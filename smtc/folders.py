@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,28 +14,37 @@ MARKER = ".smtc"
 
 @contextmanager
 def whole_folder(
-    target: str | Path, holds: Collection[str], *, writer: str | None = None
+    target: str | Path,
+    holds: Collection[str],
+    *,
+    writer: str | None = None,
+    goes_on: Callable[[Path], bool] | None = None,
 ) -> Iterator[Path]:
     """A new folder beside `target` to write into, which takes its place when the block ends well.
 
     With a `writer` ("smtc segment") the folder gets a marker, which lets a later call replace it.
     A folder that is neither empty nor marked is refused before the block runs, and so is a marked
     one with anything but the marker and the names that it `holds`. A link is followed: it stays,
-    and its target is replaced. What a killed run left is removed, so two runs must not write to one
-    folder at a time. Raises `UserError` when `target` is refused or cannot be written.
+    and its target is replaced.
+
+    What a killed run left is removed, so two runs must not write to one folder at a time. With
+    `goes_on`, what a killed or interrupted run left is shown to it first; if it says so, this run
+    goes on in that folder. Raises `UserError` when `target` is refused or cannot be written.
     """
     target = Path(os.path.realpath(target))
     if not target.name:
         raise UserError(f"{target} is the root of the file system; choose another output folder.")
     partial = target.with_name(f".{target.name}.smtc-partial")
+    interrupted = False
     former = target.with_name(f".{target.name}.smtc-former")
     try:
         if former.exists() and not target.exists():  # killed between two renames
             former.rename(target)
         _refuse_others(target, holds)
-        for leftover in (partial, former):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+        if goes_on is None or not partial.is_dir() or not goes_on(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
         if writer is not None:
             line = f"Written by {writer}, whose next run may replace this folder.\n"
             (partial / MARKER).write_text(line, encoding="utf-8")
@@ -45,8 +54,12 @@ def whole_folder(
         raise UserError(
             f"{target} cannot be written ({error.strerror or error}); choose another output folder."
         ) from error
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if goes_on is None or not interrupted:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_others(target: Path, holds: Collection[str]) -> None:

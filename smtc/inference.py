@@ -2,7 +2,7 @@
 video of any length needs little memory.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -187,11 +187,13 @@ def segment_frames(
     *,
     settings: InferenceSettings = PRESETS["default"],
     batch: int = 4,
+    segmenter: "Segmenter | None" = None,
 ) -> Iterator[FrameSegmentation]:
     """`segment` for an iterable of RGB uint8 frames `[h,w,3]` of one size, which is read once.
 
-    Holds what the model says of 32 frames, and one frame. Raises `UserError` for no frames, a size
-    that the model cannot take, and a batch below 1.
+    Holds what the model says of 32 frames, and one frame. A `segmenter` that has seen the chunks
+    before these frames goes on with its ids. Raises `UserError` for no frames, a size that the
+    model cannot take, and a batch below 1.
     """
     seen: list[tuple[int, int]] = []
 
@@ -201,7 +203,7 @@ def segment_frames(
                 seen.append((frame.shape[0], frame.shape[1]))
             yield frame
 
-    segmenter = Segmenter(settings)
+    segmenter = segmenter or Segmenter(settings)
     for prediction in predict_chunks(model, watched(), settings=settings, batch=batch):
         yield from segmenter.frames(prediction, seen[0])
 
@@ -241,6 +243,16 @@ class Segmenter:
             )
         for index in range(len(prediction)):
             yield self._frame(prediction, index, background, size)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What the next chunk follows from, as arrays that `restore` takes."""
+        border = np.zeros(0) if self._border is None else self._border
+        return self._tracker.state() | {"border": border}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a `state`."""
+        self._tracker.restore(state)
+        self._border = state["border"] if len(state["border"]) else None
 
     def _background(self, prediction: Prediction) -> int:
         labels = prediction.semantic.argmax(1).numpy()

@@ -17,14 +17,17 @@ from smtc.errors import UserError
 from smtc.film import film, film_size
 from smtc.folders import whole_folder
 from smtc.inference import (
+    CHUNK,
     InferenceSettings,
+    Segmenter,
     inference_settings,
     segment_frames,
 )
 from smtc.model import SMTC
 from smtc.pipelines.frame_source import FrameSource, open_source
-from smtc.pipelines.images import write_ids
+from smtc.pipelines.images import read_ids, write_ids
 from smtc.progress import track
+from smtc.segment_progress import SegmentProgress, Told, progress_key
 from smtc.viewer import open_viewer
 from smtc.visualize import overlay
 
@@ -83,8 +86,9 @@ def segment_video(
         rate: frames a second of the overlay; none: the video's own, or 10.
         viewer: also write `viewer.html`, one page to look at the result in a browser.
 
-    Raises `UserError` where the video or `output` cannot be read or written, and as `segment`;
-    nothing half-written stays.
+    A call that was killed or interrupted leaves what it did beside `output`, and the same call goes
+    on there. Raises `UserError` where the video or `output` cannot be read or written, and as
+    `segment`; then nothing half-written stays.
     """
     settings = inference_settings(preset)
     if rate is not None and not 0 < rate <= 1000:
@@ -95,48 +99,84 @@ def segment_video(
             f"{model.config.slots} semantic slots are more than the 256 values of a mask; "
             "write instance maps."
         )
-    small: deque[Pixels] = deque()
     summary = Summary()
+    options = {"maps": maps, "batch": batch}
+    progress = SegmentProgress(progress_key(model, video, settings, options))
     rate = rate or video.rate or RATE
-    with _result(output, video.name) as folder, ExitStack() as stack:
+    with _result(output, video.name, progress) as folder, ExitStack() as stack:
         shows = [stack.enter_context(_overlay(folder / "overlay.mp4", rate))]
         if viewer:
             page = folder / "viewer.html"
             shows.append(stack.enter_context(open_viewer(page, video.name, fps=rate)))
-        found = segment_frames(model, _shrunk(video, small), settings=settings, batch=batch)
-        bar = track(found, total=len(video), title=f"segment {video.name}", unit="frame")
-        scores = []
-        for index, frame in enumerate(bar):
-            mask = frame.semantic if maps == "semantic" else frame.mask
-            write_ids(folder / "masks" / video.name / f"{index:05d}.png", mask)
-            picture = small.popleft()
-            ids = _small_ids(mask, picture, frame.background if maps == "semantic" else None)
+        work = _work(model, video, folder, settings, options, progress)
+        bar = track(work, total=len(video), title=f"segment {video.name}", unit="frame")
+        for picture, mask, told in bar:
+            ids = _small_ids(mask, picture, told.background if maps == "semantic" else None)
             for show in shows:
-                show(picture, ids, frame.scores if maps == "instance" else {})
-            scores.append(frame.scores)
-            summary.add(frame.scores)
+                show(picture, ids, told.scores if maps == "instance" else {})
+            summary.add(told.scores)
         content = {
             "video": video.name,
             "maps": maps,
             "settings": dataclasses.asdict(settings),
             "objects": summary.objects,
-            "frames": scores,
+            "frames": [told.scores for told in progress.told],
         }
         (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        progress.close(folder)
     return summary
 
 
+def _work(
+    model: SMTC,
+    video: FrameSource,
+    folder: Path,
+    settings: InferenceSettings,
+    options: Mapping[str, Any],
+    progress: SegmentProgress,
+) -> Iterator[tuple[Pixels, Pixels, Told]]:
+    """Of each frame the picture in the overlay's size, the mask and what is told of it.
+
+    Masks are written; those that an earlier call wrote are read.
+    """
+    small: deque[Pixels] = deque()
+    frames = _shrunk(video, small)
+    done = progress.done
+    for index, told in enumerate(progress.told[:done]):
+        next(frames)
+        yield small.popleft(), read_ids(_mask_path(folder, video.name, index)), told
+    if done and done == len(video):
+        return
+    segmenter = Segmenter(settings)
+    if done:
+        segmenter.restore(progress.state)
+    found = segment_frames(
+        model, frames, settings=settings, batch=options["batch"], segmenter=segmenter
+    )
+    for index, frame in enumerate(found, start=done):
+        mask = frame.semantic if options["maps"] == "semantic" else frame.mask
+        write_ids(_mask_path(folder, video.name, index), mask)
+        told = progress.add(frame.background, frame.scores)
+        if (index + 1) % CHUNK == 0:
+            progress.chunk_done(folder, segmenter.state())
+        yield small.popleft(), mask, told
+
+
+def _mask_path(folder: Path, name: str, index: int) -> Path:
+    return folder / "masks" / name / f"{index:05d}.png"
+
+
 @contextmanager
-def _result(output: str | Path, name: str) -> Iterator[Path]:
+def _result(output: str | Path, name: str, progress: SegmentProgress) -> Iterator[Path]:
     """The folder that takes the place of `output`; refuses one with masks of another video."""
-    with whole_folder(output, _HOLDS, writer="smtc segment") as folder:
+    with whole_folder(output, _HOLDS, writer="smtc segment", goes_on=progress.goes_on) as folder:
         others = sorted({path.name for path in Path(output, "masks").glob("*")} - {name})
         if others:
             raise UserError(
                 f"{output} already holds masks of {others[0]!r}, not of {name!r}; "
                 "choose another output folder."
             )
-        (folder / "masks" / name).mkdir(parents=True)
+        (folder / "masks" / name).mkdir(parents=True, exist_ok=True)
         yield folder
 
 

@@ -1,6 +1,8 @@
 """Ids that follow objects: what a frame shows is matched with what was seen before."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +59,26 @@ class Tracker:
             ids[new] = self._begin(masks[new], embeddings[new])
         self._frame += 1
         return ids
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """All that is remembered, as arrays that `restore` takes."""
+        tracks = self._tracks
+        return {
+            "frame": np.array(self._frame),
+            "ids": np.array([track.id for track in tracks], np.int64),
+            "seen": np.array([track.seen for track in tracks], np.int64),
+            "masks": np.array([track.mask for track in tracks], np.float32),
+            "embeddings": np.array([track.embedding for track in tracks], np.float32),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a `state`."""
+        self._frame = int(state["frame"])
+        fields = (state[name] for name in ("ids", "masks", "embeddings", "seen"))
+        self._tracks = [
+            _Track(int(number), mask, embedding, int(seen))
+            for number, mask, embedding, seen in zip(*fields, strict=True)
+        ]
 
     def _begin(self, mask: Floats, embedding: Floats) -> int:
         number = len(self._tracks) + 1
