@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -65,7 +65,7 @@ def _segment(arguments: list[str]) -> None:
     from smtc.training.trainer import pick_device
     from smtc.weights import load_model
 
-    chosen = {
+    chosen: dict[str, Any] = {
         "similarity": flags.score,
         "min_object": flags.area,
         "max_objects": flags.max_objects,

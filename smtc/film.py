@@ -18,7 +18,7 @@ LONGEST = 1920
 """Pixels on the longer side of a film."""
 _THREADS = 2  # x264's bits depend on their number
 # With its look-ahead on macroblocks, two encodings of the same frames can differ.
-_X264 = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:b-adapt=0"}
+_X264: dict[str, Any] = {"crf": "20", "preset": "veryfast", "x264-params": "mbtree=0:b-adapt=0"}
 
 
 def film_size(height: int, width: int) -> tuple[int, int]:

@@ -259,8 +259,9 @@ class Segmenter:
         inner = np.zeros(labels.shape[1:], bool)
         inner[1:-1, 1:-1] = True
         counts = np.bincount(labels[:, ~inner].ravel(), minlength=prediction.semantic.shape[1])
-        self._border = counts + (0 if self._border is None else self._border / 2)
-        return int(self._border.argmax())
+        border = counts + (0 if self._border is None else self._border / 2)
+        self._border = np.asarray(border, np.float64)
+        return int(border.argmax())
 
     def _frame(
         self, prediction: Prediction, index: int, background: int, size: tuple[int, int]

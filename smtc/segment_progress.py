@@ -77,7 +77,8 @@ class SegmentProgress:
             for told in self.told[self._written :]:
                 file.write(json.dumps(told) + "\n")
         partial = folder / f"{_STATE}.partial.npz"
-        np.savez(partial, key=np.array(self._key), done=np.array(len(self.told)), **state)
+        counts: dict[str, Any] = {"key": np.array(self._key), "done": np.array(len(self.told))}
+        np.savez(partial, **counts, **dict[str, Any](state))
         partial.replace(folder / _STATE)
         self._written = len(self.told)
 

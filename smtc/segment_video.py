@@ -187,7 +187,8 @@ def _shrunk(frames: Iterable[Pixels], small: deque[Pixels]) -> Iterator[Pixels]:
         if frame.shape[:2] == (height, width):
             small.append(frame)
         else:
-            small.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
+            shrunk = cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
+            small.append(np.asarray(shrunk, np.uint8))
         yield frame
 
 

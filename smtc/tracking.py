@@ -55,7 +55,7 @@ class Tracker:
             track.embedding = mixed / max(float(np.linalg.norm(mixed)), 1e-12)
             track.mask, track.seen = masks[new], self._frame
             ids[new] = track.id
-        for new in np.flatnonzero(ids == 0):
+        for new in np.flatnonzero(ids == 0).tolist():
             ids[new] = self._begin(masks[new], embeddings[new])
         self._frame += 1
         return ids
