@@ -1,7 +1,6 @@
 """Object discovery: what methods find without any label, against a data set's masks."""
 
 import base64
-import logging
 import os
 import secrets
 import time
@@ -51,8 +50,6 @@ __all__ = [
     "weights_source",
     "write_json",
 ]
-
-logger = logging.getLogger("smtc")
 
 Pixels = NDArray[np.uint8]
 
@@ -166,8 +163,6 @@ def evaluate(evaluation: Evaluation, world: World | None = None) -> dict[str, An
             return secrets.token_hex(8), tasks, kept.begin([task.key for task in tasks]), folder
 
         queue, tasks, before, folder = together(begin)[0]
-        if before:
-            logger.info("Going on: %d of %d were scored before.", len(before), len(tasks))
         share = _Share(evaluation, videos, kept, Tally(queue), world)
         parts = together(lambda: share.work(tasks, before))
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -14,6 +15,8 @@ from smtc import kernels, pipelines
 from smtc.errors import UserError
 
 Record = dict[str, Any]
+
+_LOG = logging.getLogger("smtc")
 
 
 class KeptScores:
@@ -47,12 +50,18 @@ class KeptScores:
         self._begun = True
         with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in list(self.folder.iterdir()):
+            others = list(self.folder.iterdir())
+            for path in list(others):
                 record = _read(path) if path.name in wanted else None
-                if record is None:
-                    path.unlink()
-                else:
+                if record is not None:
                     found[wanted[path.name]] = record
+                    others.remove(path)
+            for path in others:
+                path.unlink()
+        if found:
+            _LOG.info("Going on: %d of %d were scored before.", len(found), len(wanted))
+        if others:
+            _LOG.info("%d were scored with other settings, files or code: not used.", len(others))
         return found
 
     def write(self, key: str, record: Record) -> None:

@@ -209,13 +209,20 @@ def test_frames_without_masks_are_seen_but_not_scored(world, protocol, score):
 
 
 def test_samples_show_what_segment_gives(world):
-    samples = discovery.sample_maps(seeing(), open_dataset("synthetic", world), 5)
+    videos = open_dataset("synthetic", world)
+    samples = discovery.sample_maps(seeing(), videos, 5)
     assert [sample.name for sample in samples] == ["first, frame 2", "second, frame 1"]
     frames, ids = boxes(5)
     assert np.array_equal(samples[0].frame, frames[2])
     assert np.array_equal(samples[0].truth, ids[2])
     assert samples[0].background == 0
     assert metrics.foreground_iou(samples[0].instance, ids[2]) > 0.85
+    # Red is a semantic, but no object.
+    model = ColourModel(scores=((1, 1), (0.4, 0.4), (1, 1)), resolution=(64, 96))
+    sample, wanted = discovery.sample_maps(model, videos)[0], segment(model, frames)
+    assert np.array_equal(sample.semantic, wanted.semantic[2])
+    assert np.array_equal(sample.instance, wanted.masks[2])
+    assert sample.semantic.max() == 2 and sample.instance.max() == 1
     assert discovery._spread(30, 4) == [0, 10, 19, 29]
     assert discovery._spread(1, 4) == [0]
 

@@ -71,6 +71,16 @@ def test_mean_and_spread_by_hand(three_runs: dict[str, Any]) -> None:
     assert [row["j_frames"] for row in three_runs["per_video"]] == [0.1, 0.3, 0.5, 0.9, 0.25, 0.75]
 
 
+def test_seeds_without_a_score_are_left_out(synthetic_data: Path) -> None:
+    videos = open_dataset("davis2016", synthetic_data)[:1]
+    values = (0.2, math.nan, 0.6)
+    runs = [Run("drawn", seed, [{"j": np.full(8, value)}]) for seed, value in enumerate(values)]
+    entry = build_results("davis2016", PROTOCOLS["davis2016"], videos, runs)["methods"]["drawn"]
+    assert entry["mean"]["j_frames"] == pytest.approx(0.4)
+    assert entry["std"]["j_frames"] == pytest.approx(0.4 / math.sqrt(2))
+    assert math.isnan(entry["runs"][1]["j_frames"]) and entry["seeds"] == [0, 1, 2]
+
+
 def test_the_table(three_runs: dict[str, Any], tmp_path: Path) -> None:
     three_runs["methods"]["fixed"]["mean"]["j_sequences"] = -0.0001
     lines = results_table(write_json(tmp_path / "results.json", three_runs)).splitlines()

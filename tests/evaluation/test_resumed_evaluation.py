@@ -234,13 +234,18 @@ def test_other_weights_start_anew(
 
 
 def test_another_version_starts_anew(
-    found: Watched, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+    found: Watched,
+    evaluation: Evaluation,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO, "smtc")
     stopped(evaluation, monkeypatch, 15)
     found.clear()
     monkeypatch.setattr(discovery, "code_hash", lambda: "other")
     evaluate(evaluation)
     assert len(found) == 30
+    assert "15 were scored with other settings, files or code: not used." in caplog.messages
 
 
 @pytest.mark.parametrize("kind", ["JPEGImages", "Annotations"])

@@ -17,7 +17,9 @@ from smtc.training.distributed import World
 
 WATCHED = """
 import os, sys
+from pathlib import Path
 from smtc import cli
+from smtc.evaluation import discovery
 from smtc.evaluation.kept_scores import KeptScores
 write = KeptScores.write
 def watched(self, key, record):
@@ -25,6 +27,12 @@ def watched(self, key, record):
     with open(os.environ["SEEN"] + os.environ["RANK"], "a") as file:
         print(key, file=file)
 KeptScores.write = watched
+bar = discovery.bar
+def told(**given):
+    with Path(os.environ["SEEN"]).with_name("bars").open("a") as file:
+        print(os.environ["RANK"], given["shown"], file=file)
+    return bar(**given)
+discovery.bar = told
 if os.environ.get("CRASHES") == os.environ["RANK"]:
     def crash(self, key, record):
         raise RuntimeError("a fault of ours")
@@ -89,7 +97,8 @@ def test_several_processes_write_what_one_writes(
     done = in_processes(ranks, tmp_path, *command, "--output", shared)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.replace(str(shared), str(alone)) == told.out  # and told once
-    assert done.stderr.count("evaluate synthetic") == done.stderr.count("sequence")
+    bars = sorted((tmp_path / "bars").read_text().splitlines())
+    assert bars == ["0 True", *(f"{rank} False" for rank in range(1, ranks))]
     assert f"{8 * count}/{8 * count}" in done.stderr.splitlines()[-1].replace("\r", "\n")
     for name in ("results.json", "results.csv", "sheet.png"):
         assert (shared / name).read_bytes() == (alone / name).read_bytes(), name
@@ -99,7 +108,7 @@ def test_several_processes_write_what_one_writes(
     parts = seen(tmp_path)
     keys = [key for part in parts for key in part]
     assert len(keys) == len(set(keys)) == 8 * count and all(parts) and len(parts) > 1
-    left = {"alone", "shared", "videos", "watched.py"}
+    left = {"alone", "shared", "videos", "watched.py", "bars"}
     assert {path.name for path in tmp_path.iterdir() if "seen" not in path.name} == left
 
 
@@ -115,7 +124,8 @@ def test_a_mistake_of_one_process_is_told_once_and_ends_all(
     assert "exitcode  : 2" in done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("smtc: ")]
     assert told == ["smtc: 00001/00003.jpg: the file is empty"]
-    made = {path for path in tree(tmp_path) if "seen" not in path and path != "watched.py"}
+    ours = ("seen", "watched.py", "bars")
+    made = {path for path in tree(tmp_path) if not path.startswith(ours)}
     assert made == set(before)
 
 
