@@ -20,6 +20,7 @@ from smtc.training.checkpoint import Checkpoints
 from smtc.weights import (
     checkpoint_hash,
     convert,
+    load_encoder,
     load_encoder_weights,
     load_init,
     load_into,
@@ -318,6 +319,40 @@ def test_moco_starts_the_resnet(files: Path) -> None:
     assert report.left_out["module.encoder_q.fc.0.weight"] == "projection head"
     assert report.left_out["module.queue"] == "not the encoder"
     assert report.left_out["optimizer"] == "training state"
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("dino.pth", VIT_S), ("authors.pth", VIT_S), ("moco.pth.tar", RESNET)],
+)
+def test_an_encoder_alone_has_the_settings_of_its_file(
+    name: str, config: BackboneConfig, files: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    encoder = load_encoder(files / name)
+    assert encoder.config == config and not encoder.training
+    again = load_encoder(files / name)  # the projection that MoCo lacks is no other
+    expect_equal(again.state_dict(), encoder.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    wanted = build_encoder(config)
+    load_encoder_weights(wanted, files / name)
+    expect_equal(encoder.state_dict(), wanted.state_dict())
+    save_encoder(encoder, tmp_path / "encoder")
+    expect_equal(load_encoder(tmp_path / "encoder").state_dict(), encoder.state_dict())
+
+
+def test_an_encoder_by_its_name(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(weights: str | Path, config: BackboneConfig) -> Path:
+        asked.append((weights, config))
+        return files / "dino.pth"
+
+    monkeypatch.setattr("smtc.weights.resolve_weights", resolve)
+    assert load_encoder("dino").config == VIT_S
+    assert asked == [("dino", VIT_S)]
 
 
 def test_an_encoder_without_positions_leaves_them_out(files: Path) -> None:
