@@ -132,6 +132,8 @@ class Report:
 
 def write_whole(path: Path, text: str) -> None:
     """Put `text` in the file at once. `UserError` where that cannot be done."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is there already and no file; give another --output.")
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

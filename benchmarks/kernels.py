@@ -10,6 +10,7 @@ input, output and gradient once.
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -94,8 +95,10 @@ def run(
     device = pick_device(device)
     chosen = pick_providers(tuple(providers), device)
     sizes = tuple(sizes) or (SETTINGS if device == "cuda" else CPU_SIZES)
-    if min(sizes) < 1 or (clips is not None and clips < 1):
-        raise UserError("--sizes and --clips are numbers of at least 1.")
+    if min(sizes) < 1 or (clips is not None and clips < 1) or not 0 < seconds < math.inf:
+        raise UserError(
+            "--sizes and --clips are numbers of at least 1, --seconds is a positive number."
+        )
     jobs = plan(pick_operations(ops), sizes, chosen)
     if not jobs:
         raise UserError("None of these --providers computes any of these --ops.")

@@ -94,6 +94,8 @@ def run(folder: Path | None = None, *, output: Path | None = None) -> int:
         )
     shown = parts(found)
     target = folder / "report.html" if output is None else output
+    if target.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"The page {target} will be HTML; choose a name that ends in .html.")
     write_whole(target, page.html("SMTC: benchmarks", shown))
     for part in shown:
         if part.name in found:

@@ -22,6 +22,7 @@ from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD
 Pixels = NDArray[np.uint8]
 
 MOST_CLIPS = 128
+_LAST_STEP = 10**12
 _WRITER = "smtc data preview"  # in the file, so that the next preview may replace it
 
 _VIEWS = ("student", "teacher")
@@ -48,8 +49,8 @@ def preview(
     """
     if not 1 <= clips <= MOST_CLIPS:
         raise UserError(f"--clips is {clips}; a picture shows 1 to {MOST_CLIPS}.")
-    if step < 0:
-        raise UserError(f"--step is {step}; it must not be negative.")
+    if not 0 <= step <= _LAST_STEP:
+        raise UserError(f"--step is {step}; use 0 to {_LAST_STEP}.")
     if config.data.root is None:
         raise UserError("Which videos should be shown? Give smtc data preview FOLDER.")
     target = _checked(Path(output), config.data.root)

@@ -34,6 +34,7 @@ _JPEG = (
 )
 _COLOUR_DISTANCE, _COLOUR_JITTER, _NOISE = 0.6, 0.03, 0.03  # RGB in [0, 1]
 _CANDIDATES = 512  # trajectories drawn to find one with the separation wanted
+_LARGEST = 8192  # pixels on a side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,8 @@ def synthesize(
     for name, value, least in (("videos", videos, 1), ("frames", frames, 1), ("size", size, 16)):
         if value < least:
             raise UserError(f"{name} is {value}; a synthetic set needs at least {least}.")
+    if size > _LARGEST:
+        raise UserError(f"size is {size}; use at most {_LARGEST}.")
     if seed < 0:
         raise UserError(f"seed is {seed}; use 0 or more.")
     root = Path(root).absolute()

@@ -13,7 +13,7 @@ import tyro
 
 from smtc import __version__, cli_bench, cli_data, cli_doctor, cli_evaluate, cli_models, cli_segment
 from smtc.cli_parsing import parse, parse_config
-from smtc.errors import ToldElsewhereError, UserError
+from smtc.errors import ToldElsewhereError, UserError, enough_memory
 from smtc.progress import BesideBars
 
 _OTHERS_NEED = 5.0  # seconds to tell and to leave
@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            _dispatch(arguments)
+            with enough_memory():
+                _dispatch(arguments)
         finally:
             sys.stdout.flush()
     except UserError as error:
@@ -57,13 +58,13 @@ def _speaks(error: UserError) -> bool:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return
     if arguments[0] == "--version":
         print(f"smtc {__version__}")
         return
-    arguments = [_checked(argument, number) for number, argument in enumerate(arguments)]
+    arguments = [_checked(*pair) for pair in zip(["", *arguments], arguments, strict=False)]
     command, rest = arguments[0], arguments[1:]
     if command in _GROUPS:
         if not rest or rest[0] in ("-h", "--help"):
@@ -75,13 +76,14 @@ def _dispatch(arguments: list[str]) -> None:
     _COMMANDS[command](rest)
 
 
-def _checked(argument: str, number: int) -> str:
+def _checked(before: str, argument: str) -> str:
     """`argument` with a leading ~ expanded, which shells leave as it is behind an equals sign."""
     flag, equals, value = argument.partition("=")
     if not equals or not flag.startswith("--"):
         flag, equals, value = "", "", argument
     if not value:
-        what = f"The value of {flag}" if flag else f"Argument {number + 1}"
+        flag = flag or (before if before.startswith("--") else "")
+        what = f"The value of {flag}" if flag else "An argument"
         raise UserError(f"{what} is empty; give a value, or leave it out.")
     if value == "~" or value.startswith("~/"):
         value = os.path.expanduser(value)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, TypeVar
 import tyro
 
 from smtc import presets
+from smtc.cli_mistakes import sentence
 from smtc.config import Config
 from smtc.errors import UserError
 from smtc.settings_file import SettingsFile
@@ -54,13 +54,7 @@ def parse(kind: type[Settings], command: str, arguments: list[str], **options: A
     except SystemExit as end:
         if not end.code:
             raise
-        raise UserError(_unboxed(box.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """The words of the frame that tyro draws around an error, on one line."""
-    words = " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
-    return words.removeprefix("Value error ").removeprefix("Unrecognized options ")
+        raise UserError(sentence(box.getvalue(), kind, arguments)) from None
 
 
 def parse_config(arguments: list[str]) -> Config:

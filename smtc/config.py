@@ -447,6 +447,10 @@ class EvalConfig:
         )
 
 
+_LARGEST = 1e15
+"""No setting means anything beyond it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
@@ -468,10 +472,11 @@ class Config:
     def __post_init__(self) -> None:
         for name, value in flatten(to_dict(self)).items():
             require(value != "", f"{name.replace('_', '-')} is empty; leave it out instead.")
-            require(
-                not isinstance(value, float) or math.isfinite(value),
-                f"{name.replace('_', '-')} is {value}; it must be a finite number.",
-            )
+            for part in value if isinstance(value, tuple) else (value,):
+                require(
+                    not isinstance(part, int | float) or -_LARGEST < part < _LARGEST,
+                    f"{name.replace('_', '-')} is {part}; it must be a number below {_LARGEST:g}.",
+                )
 
     def override(self, settings: Mapping[str, Any]) -> "Config":
         """The same with other values for dotted settings, as in `{"train.steps": 100}`.
@@ -481,7 +486,7 @@ class Config:
         values = to_dict(self)
         for name, value in settings.items():
             *tables, last = name.split(".")
-            table = values
+            table: Any = values
             for inner in tables:
                 table = table.get(inner) if isinstance(table, dict) else None
             if not isinstance(table, dict) or last not in table or isinstance(table[last], dict):

@@ -367,6 +367,8 @@ def _version(patterns: tuple[str, ...]) -> str | None:
 
 
 def _write(output: Path, content: object) -> None:
+    if output.exists() and not output.is_file():
+        raise UserError(f"{output} is there already and no file; choose another --output.")
     partial = output.with_name(output.name + ".partial")
     try:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ class SettingsFile:
         for name in _PATHS:
             _expand_home(values, name)
         try:
-            return from_dict(Config, values)  # type: ignore[no-any-return]
+            return from_dict(Config, values)
         except UserError as error:
             raise UserError(self._placed(str(error))) from None
 

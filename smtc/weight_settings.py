@@ -49,8 +49,8 @@ def _made_with(file: Path) -> ModelConfig | BackboneConfig | None:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         if settings["kind"] == "model":
-            return from_dict(ModelConfig, settings["model"])  # type: ignore[no-any-return]
-        return from_dict(BackboneConfig, settings["backbone"])  # type: ignore[no-any-return]
+            return from_dict(ModelConfig, settings["model"])
+        return from_dict(BackboneConfig, settings["backbone"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -63,7 +63,7 @@ def _differing(
     if isinstance(made, ModelConfig):
         encoder = made.backbone
         if made.grid != config.grid and made.resolution != config.resolution:
-            yield "model.resolution", *map(_shown, (made.resolution, config.resolution))
+            yield "model.resolution", _shown(made.resolution), _shown(config.resolution)
         yield from _fields("model.", made, config, _OF_MODEL)
     yield from _fields("model.backbone.", encoder, config.backbone, _OF_ENCODER)
 

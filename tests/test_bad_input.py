@@ -4,7 +4,9 @@ Here: data and settings; test_bad_folders.py has outputs and weights.
 """
 
 import logging
+import os
 import re
+import stat
 import subprocess
 import sys
 from collections import Counter
@@ -16,6 +18,8 @@ import pytest
 import torch
 from commands import Command, frames_of, train_flags
 
+from smtc import doctor
+from smtc.errors import UserError
 from smtc.training.telemetry import read_metrics
 
 # Data.
@@ -171,7 +175,16 @@ def test_a_stray_word(safe: Command) -> None:
         ("--optim.eps -1", "optim.eps"),
         ("--objective.epsilon 0", "objective.epsilon is 0"),
         ("--teacher.momentum 1.5", "teacher.momentum is 1.5"),
-        ("--train.steps 1.5", "train.steps"),
+        ("--train.steps 1.5", "--train.steps is '1.5'; it takes a whole number."),
+        ("--train.steps 1e3", "--train.steps is '1e3'; it takes a whole number."),
+        ("--train.threads many", "--train.threads is 'many'; it takes a whole number or None."),
+        ("--optim.lr fast", "--optim.lr is 'fast'; it takes a number."),
+        ("--optim.betas 0.9", "--optim.betas needs 2 values; see smtc train --help."),
+        ("--data.augment.crop 0.5", "--data.augment.crop is '0.5'; it takes 2 numbers or None."),
+        ("--train.steps", "--train.steps needs a value; see smtc train --help."),
+        ("--model.update lstm", "--model.update is 'lstm'; choose from gru, residual."),
+        ("--data.gap 99999999999999999999", "data.gap is 99999999999999999999; it must be a num"),
+        ("--data.augment.blur-sigma 1 inf", "data.augment.blur-sigma is inf; it must be a num"),
         ("--train.device gpu", "train.device"),
         ("--train.precision fp8", "bf16"),
     ],
@@ -292,9 +305,67 @@ def test_what_to_score_has_to_be_said_once(
     assert "davis2016" in safe(*command, "--dataset", "davis2015", "--untrained", "tiny")
 
 
-@pytest.mark.parametrize("command", ["segment", "evaluate discovery", "data synthesize", "convert"])
-def test_missing_arguments(safe: Command, command: str) -> None:
-    assert "required" in safe(*command.split()).lower()
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("segment", "VIDEO, --checkpoint, --output"),
+        ("segment a.mp4 --output x", "--checkpoint"),
+        ("evaluate discovery --data x", "--output"),
+        ("data synthesize", "FOLDER"),
+        ("convert", "FILE, FOLDER"),
+        ("convert a.pth", "FOLDER"),
+        ("bench step", "--output"),
+    ],
+)
+def test_missing_arguments(safe: Command, command: str, missing: str) -> None:
+    name = " ".join(command.split()[: 1 if command.startswith(("segment", "convert")) else 2])
+    told = f"smtc: Required and not given: {missing}; see smtc {name} --help."
+    assert safe(*command.split()) == told
+
+
+@pytest.mark.parametrize("flags", [["--output", ""], ["--output="]])
+def test_an_empty_argument(safe: Command, flags: list[str]) -> None:
+    """Of a shell variable that is not set; as a path it would be the current folder."""
+    assert "The value of --output is empty;" in safe("train", *flags)
+    assert "An argument is empty" in safe("data", "pack", "")
+
+
+def test_home_behind_an_equals_sign(
+    cli: Command, synthetic_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "videos").symlink_to(synthetic_data)
+    command = train_flags("~/videos", "~/a", "--output=~/run")
+    assert cli(*command).code == 0
+    assert (tmp_path / "run" / "model").is_dir() and not (tmp_path / "a").exists()
+
+
+def test_a_file_to_write_that_is_none(safe: Command, tmp_path: Path) -> None:
+    """It would be replaced, were it a device."""
+    pipe = tmp_path / "pipe.html"
+    os.mkfifo(pipe)
+    said = safe("bench", "report", "--output", pipe)
+    assert f"{pipe} is there already and no file;" in said
+    with pytest.raises(UserError, match="is there already and no file"):
+        doctor._write(pipe, {})  # which the command calls at its end
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_page_has_the_name_of_one(safe: Command, tmp_path: Path) -> None:
+    precious = tmp_path / "thesis.tex"
+    precious.write_text("precious", encoding="utf-8")
+    assert "choose a name that ends in .html" in safe("bench", "report", "--output", precious)
+    assert precious.read_text(encoding="utf-8") == "precious"
+
+
+def test_a_run_that_trained_nothing_may_get_other_settings(
+    cli: Command, refused: Command, synthetic_data: Path, tmp_path: Path
+) -> None:
+    """As after a batch that did not fit into the memory."""
+    command = train_flags(synthetic_data, tmp_path / "run")
+    assert "memory" in refused(*command, "--train.batch", 10**12)
+    assert cli(*command).code == 0
+    assert "other settings: train.batch 2 (now 1)" in refused(*command, "--train.batch", 1)
 
 
 def test_a_misspelt_flag_of_segment(safe: Command, tmp_path: Path) -> None:
@@ -312,7 +383,8 @@ def test_a_misspelt_flag_of_segment(safe: Command, tmp_path: Path) -> None:
         ("--frames 0", "frames is 0"),
         ("--size 3", "size is 3"),
         ("--seed -1", "seed is -1"),
-        ("--difficulty easy", "standard"),
+        ("--difficulty easy", "--difficulty is 'easy'; choose from standard, instances, hard."),
+        ("--size 1000000", "size is 1000000; use at most 8192."),
     ],
 )
 def test_impossible_synthetic_sets(safe: Command, tmp_path: Path, flags: str, told: str) -> None:

@@ -51,6 +51,9 @@ _PATHS = {"data.root", "init", _WEIGHTS}
 _LOCK, _CONFIG = ".lock", "config.json"
 # What a program that died before it had written the settings leaves.
 _OURS = {_LOCK, f"{_CONFIG}.partial"}
+_METRICS = "metrics.jsonl"
+# What there is before the first step ends.
+_BEGUN = {*_OURS, _CONFIG, _METRICS, "environment.json", "tensorboard", "bad_files.jsonl"}
 
 
 def check_run_folder(config: Config) -> Path:
@@ -132,6 +135,16 @@ def writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+def _only_begun(folder: Path) -> bool:
+    """Whether a run started there and ended before it logged or saved anything, as one does whose
+    batch is too large: other settings lose nothing then.
+    """
+    names = {path.name for path in folder.glob("*")}
+    if not {_METRICS, "tensorboard"} <= names <= _BEGUN:
+        return False
+    return (folder / _METRICS).stat().st_size == 0
+
+
 def _refuse_other_settings(written: Path, config: Config) -> None:
     try:
         settings = json.loads(written.read_text(encoding="utf-8"))
@@ -147,7 +160,7 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
         for key in before.keys() | now.keys()
         if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
     )
-    if differing:
+    if differing and not _only_begun(written.parent):
         shown = ", ".join(
             f"{key.replace('_', '-')} {_shown(before.get(key))} (now {_shown(now.get(key))})"
             for key in differing[:4]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smtc import compatibility
 from smtc.config import Config
-from smtc.errors import UserError
+from smtc.errors import UserError, enough_memory
 from smtc.method import Method, SMTCMethod
 from smtc.pipelines.batch import Batch
 from smtc.pipelines.clips import Schedule
@@ -68,7 +68,7 @@ def train(config: Config, method: Method | None = None) -> Run:
     plus the signal's number. Errors: `UserError` for a mistake in the settings, the data or the
     folder.
     """
-    with joined(pick_device(config.train.device), config.train.timeout) as world:
+    with joined(pick_device(config.train.device), config.train.timeout) as world, enough_memory():
         compatibility.check(config, world.device, world.size)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)

@@ -327,7 +327,7 @@ def test_a_full_disk_and_a_read_only_one(
     [
         (["--clips", 0], "--clips is 0; a picture shows 1 to 128"),
         (["--clips", "10000"], "--clips is 10000"),
-        (["--clips", "many"], "invalid"),
+        (["--clips", "many"], "--clips is 'many'; it takes a whole number."),
         (["--clips"], "--clips needs a value"),
         (["--step", -1], "--step is -1"),
         (["--data.augment.flp", 1], "--data.augment.flip"),
