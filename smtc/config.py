@@ -288,7 +288,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.frames >= 2, f"data.frames is {self.frames}; a clip needs at least 2 frames.")
         require(self.gap >= 1, f"data.gap is {self.gap}; it must be at least 1.")
-        require(self.workers >= 0, f"data.workers is {self.workers}; it must not be negative.")
+        require(
+            0 <= self.workers <= 1024,
+            f"data.workers is {self.workers}; use 0 to the number of cores.",
+        )
         require(self.prefetch >= 1, f"data.prefetch is {self.prefetch}; it must be at least 1.")
         require(
             0 <= self.hardware_decoder <= 1,

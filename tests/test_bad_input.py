@@ -165,6 +165,7 @@ def test_a_stray_word(safe: Command) -> None:
         ("--data.frames 1", "data.frames is 1"),
         ("--data.gap 0", "data.gap is 0"),
         ("--data.workers -1", "data.workers is -1"),
+        ("--data.workers 99999", "data.workers is 99999; use 0 to the number of cores."),
         ("--data.max-bad-share 1.5", "data.max-bad-share is 1.5"),
         ("--data.augment.flip 2", "data.augment.flip is 2"),
         ("--data.augment.blur-kernel -1", "data.augment.blur-kernel"),

@@ -153,8 +153,8 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
     if not isinstance(settings, dict):
         raise UserError(f"{written} is damaged; remove its folder and start anew.")
     # What an older version did not know of was as it is by default.
-    before = _comparable(to_dict(Config())) | _comparable(settings)
-    now = _comparable(json.loads(json.dumps(to_dict(config))))
+    before = _comparable(_as_json(Config())) | _comparable(settings)
+    now = _comparable(_as_json(config))
     differing = sorted(
         key
         for key in before.keys() | now.keys()
@@ -175,6 +175,11 @@ def _refuse_other_settings(written: Path, config: Config) -> None:
 def _shown(value: Any) -> str:
     """As a flag takes it."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    """As `config.json` has it, with lists for tuples."""
+    return json.loads(json.dumps(to_dict(config)))
 
 
 def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
