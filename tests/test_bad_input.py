@@ -9,6 +9,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,10 @@ import pytest
 import torch
 from commands import Command, frames_of, train_flags
 
+from smtc import cli as cli_module
 from smtc import doctor
-from smtc.errors import UserError
+from smtc.cli_mistakes import _given
+from smtc.errors import ToldElsewhereError, UserError, enough_memory
 from smtc.training.telemetry import read_metrics
 
 # Data.
@@ -395,3 +398,34 @@ def test_impossible_synthetic_sets(safe: Command, tmp_path: Path, flags: str, to
 def test_another_synthetic_set_is_there(safe: Command, synthetic_data: Path) -> None:
     said = safe("data", "synthesize", synthetic_data, "--videos", 7)
     assert str(synthetic_data) in said and "videos 6 instead of 7" in said
+
+
+# Who speaks, and what is no mistake.
+
+
+def test_only_memory_that_does_not_suffice_is_a_mistake() -> None:
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to")):
+        with pytest.raises(UserError, match="The memory does not suffice"), enough_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="a fault of ours"), enough_memory():
+        raise RuntimeError("a fault of ours")
+
+
+def test_which_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    agreed = UserError("x")
+    agreed.agreed = True
+    assert cli_module._speaks(agreed) and not waited
+    assert cli_module._speaks(UserError("x")) and len(waited) == 1
+    assert not cli_module._speaks(ToldElsewhereError("x")) and len(waited) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert cli_module._speaks(UserError("x")) and len(waited) == 2
+
+
+def test_what_was_given_to_a_flag() -> None:
+    words = ["--sizes", "1", "2", "--ops", "3", "--sizes=4", "5"]
+    assert _given("--ops", words) == ["3"]
+    assert _given("--sizes", words) == ["4"]
+    assert _given("--sizes", words[:5]) == ["1", "2"]

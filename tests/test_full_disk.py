@@ -115,3 +115,12 @@ def test_a_disk_that_fills_up_while_packing(
     assert cli(*pack).code == 0
     flags = ["--data.cache", disk / "cache", "--data.loader", "cache"]
     assert cli(*train_flags(synthetic_data, disk / "run", *flags)).code == 0
+
+
+def test_a_page_that_does_not_fit(cli: Command, refused: Command, mounted: Mount) -> None:
+    disk = mounted("size=4k")
+    command = ["bench", "report", "--output", disk / "report.html"]
+    assert "No space left" in refused(*command)
+    assert tree(disk) == []
+    make_room(disk)
+    assert cli(*command).code == 0

@@ -95,6 +95,27 @@ def test_zeros_in_place_of_the_end_are_refused(tmp_path: Path) -> None:
         read_image(path)
 
 
+def test_bytes_after_the_end_are_no_fault(tmp_path: Path) -> None:
+    """Cameras append films and tables; what is cut short is so whatever a thumbnail ends with."""
+    for kind in ("jpg", "png"):
+        whole = tmp_path / f"whole.{kind}"
+        jpeg(whole) if kind == "jpg" else Image.fromarray(COLOURS).save(whole)
+        data = whole.read_bytes()
+        odd = tmp_path / f"odd.{kind}"
+        odd.write_bytes(data + b"trailer" * 200)
+        np.testing.assert_array_equal(read_image(odd), read_image(whole))
+        check_image(odd)
+        odd.write_bytes(data[:-40] + b"trailer" * 200)
+        for read in (read_image, check_image):
+            with pytest.raises(BadFrame, match="cut short"):
+                read(odd)
+    thumbnail = b"\xff\xe1\x00\x08ab\xff\xd9cd"
+    data = (tmp_path / "whole.jpg").read_bytes()
+    odd.write_bytes(data[:2] + thumbnail + data[2:-2])
+    with pytest.raises(BadFrame, match="cut short"):
+        read_image(odd)
+
+
 def test_other_bad_files_name_file_and_reason(tmp_path: Path) -> None:
     folder = tmp_path / "clip"
     folder.mkdir()
