@@ -124,6 +124,8 @@ class FrameSegmentation:
     """What the ids were given to; its objects may overlap where the settings let them."""
     soft_semantic: Tensor
     """`[N,rows,columns]`"""
+    soft_instance: Tensor
+    """`[N·P,rows,columns]`"""
     background: int
     """The semantic slot taken for background."""
 
@@ -297,6 +299,7 @@ class Segmenter:
             scores={k: scores[k] for k in seen},
             found=found,
             soft_semantic=prediction.semantic[index],
+            soft_instance=soft.masks,
             background=background,
         )
 

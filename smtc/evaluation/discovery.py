@@ -33,7 +33,7 @@ from smtc.evaluation.results import Row, Run, build_results, write_csv, write_js
 from smtc.evaluation.shared_work import POLL, Tally, together
 from smtc.evaluation.videos import read_frame
 from smtc.folders import whole_folder
-from smtc.inference import PRESETS, predict
+from smtc.inference import segment_frames
 from smtc.model import SMTC
 from smtc.progress import bar, track
 from smtc.training.distributed import World
@@ -362,9 +362,8 @@ def sample_maps(
 
 def _seen(model: SMTC, video: EvaluationVideo, batch: int) -> tuple[Found, Pixels]:
     """What a model sees in the annotated frames, and their true ids."""
-    truth, settings = video.load_truth(), PRESETS["default"]
-    prediction = predict(model, video.iterate_frames(), settings=settings, batch=batch)
-    return found_in(prediction, video.annotated, truth.shape[1:], settings), truth
+    seen = segment_frames(model, video.iterate_frames(), batch=batch)
+    return found_in(seen, video.annotated), video.load_truth()
 
 
 def _spread(total: int, count: int) -> list[int]:

@@ -20,7 +20,7 @@ from smtc.evaluation.manifest import weights_hash
 from smtc.evaluation.metrics import border_label
 from smtc.evaluation.protocols import Found, found_in
 from smtc.evaluation.videos import EvaluationVideo
-from smtc.inference import PRESETS, InferenceSettings, predict
+from smtc.inference import PRESETS, InferenceSettings, segment_frames
 from smtc.model import SMTC
 from smtc.pipelines.views import prepare_frames
 
@@ -106,8 +106,8 @@ class Slots(Method):
     def find(self, video: EvaluationVideo, size: Size, seed: int) -> Found:
         settings = dataclasses.replace(self._inference.settings, seed=seed)
         frames, batch = video.iterate_frames(), self._inference.batch
-        prediction = predict(self._model(seed), frames, settings=settings, batch=batch)
-        return found_in(prediction, video.annotated, size, settings)
+        seen = segment_frames(self._model(seed), frames, settings=settings, batch=batch)
+        return found_in(seen, video.annotated)
 
 
 class Clusters(Method):

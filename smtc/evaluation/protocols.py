@@ -4,7 +4,7 @@ A protocol scores what a method sees in a video (`Found`), whatever the method i
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,8 @@ from smtc.evaluation.proposals import (
     proposals_row,
     score_proposals,
 )
-from smtc.inference import (
-    FrameSegmentation,
-    InferenceSettings,
-    Prediction,
-    segment_prediction,
-)
-from smtc.rendering import winners
+from smtc.inference import FrameSegmentation
+from smtc.rendering import FrameMasks, winners
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.integer]
@@ -53,37 +48,37 @@ class Found:
     """For each frame its objects `[K,h,w]`, which may overlap; none: the ids of `instances`."""
 
 
-def found_in(
-    prediction: Prediction,
-    positions: Sequence[int],
-    size: tuple[int, int],
-    settings: InferenceSettings,
-) -> Found:
-    """What a model's prediction of a whole video shows at `positions`, at the height and width
-    `size`; proposals that may overlap are made as they are asked for.
+def found_in(frames: Iterable[FrameSegmentation], positions: Sequence[int]) -> Found:
+    """What a model sees at `positions` of a video, of which `frames` are all frames in order; only
+    those at `positions` are kept. Proposals that may overlap are made as they are asked for.
     """
     wanted = set(positions)
-    every = enumerate(segment_prediction(prediction, size, settings))
-    seen = [frame for index, frame in every if index in wanted]
+    semantic, instances, regions, objects = [], [], [], []
+    for index, frame in enumerate(frames):
+        if index in wanted:
+            semantic.append(frame.semantic)
+            instances.append(frame.mask)
+            regions.append(winners(frame.soft_instance, frame.found.size))
+            objects.append(frame.found)
     return Found(
-        semantic=np.stack([frame.semantic for frame in seen]),
-        instances=np.stack([frame.mask for frame in seen]),
-        regions=label_frames(prediction.instance[list(positions)].flatten(1, 2), size),
-        proposals=_Proposals(seen) if settings.masks == "threshold" else None,
+        semantic=np.stack(semantic),
+        instances=np.stack(instances),
+        regions=np.stack(regions),
+        proposals=_Proposals(objects) if objects[0].threshold is not None else None,
     )
 
 
 class _Proposals(Sequence[NDArray[np.bool_]]):
     """The objects of each frame, which would not fit into memory together."""
 
-    def __init__(self, frames: Sequence[FrameSegmentation]) -> None:
+    def __init__(self, frames: Sequence[FrameMasks]) -> None:
         self._frames = frames
 
     def __len__(self) -> int:
         return len(self._frames)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._frames[index].proposals
+        return self._frames[index].proposals()
 
 
 def label_frames(masks: Tensor, size: tuple[int, int]) -> Pixels:

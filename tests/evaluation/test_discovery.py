@@ -14,7 +14,7 @@ from PIL import Image
 from smtc.errors import UserError
 from smtc.evaluation import baselines, discovery, manifest, metrics, protocols
 from smtc.evaluation.datasets import open_dataset
-from smtc.inference import PRESETS, predict, segment
+from smtc.inference import segment, segment_frames
 from smtc.model import SMTC
 
 KINDS = ("", "border_", "best_slot_")
@@ -117,9 +117,7 @@ def test_the_foreground_of_davis_is_that_of_segment(world):
     model = ColourModel(scores=((1, 1), (0.4, 0.4), (1, 1)), resolution=(64, 96))
     video = open_dataset("davis2016", world)[0]
     frames, truth = video.load()
-    found = protocols.found_in(
-        predict(model, frames), video.annotated, truth.shape[1:], PRESETS["default"]
-    )
+    found = protocols.found_in(segment_frames(model, frames), video.annotated)
     scores = protocols.PROTOCOLS["davis2016"].score(found, truth)
     segmented = segment(model, frames).masks > 0
     assert scores["j"].tolist() == metrics.region_similarity(segmented, truth > 0).tolist()
@@ -201,9 +199,7 @@ def test_frames_without_masks_are_seen_but_not_scored(world, protocol, score):
     video = open_dataset("davis2016", world)[0]
     video.annotations[0] = video.annotations[3] = None
     frames, truth = video.load()
-    found = protocols.found_in(
-        predict(seeing(), frames), video.annotated, truth.shape[1:], PRESETS["default"]
-    )
+    found = protocols.found_in(segment_frames(seeing(), frames), video.annotated)
     scores = protocols.PROTOCOLS[protocol].score(found, truth)
     assert len(scores[score]) == 3 and scores[score].min() > 0.9
 

@@ -20,7 +20,7 @@ from smtc.evaluation.datasets import open_dataset
 from smtc.evaluation.methods import BASELINES, Inference, Method
 from smtc.evaluation.protocols import found_in
 from smtc.evaluation.videos import EvaluationVideo
-from smtc.inference import InferenceSettings, predict
+from smtc.inference import InferenceSettings, segment_frames
 from smtc.model import SMTC
 from smtc.weights import load_encoder, load_model, save_encoder
 
@@ -111,17 +111,16 @@ def test_the_model_sees_what_segment_sees(
 
     def watched(model: SMTC, frames: Any, **given: Any) -> Any:
         asked.append((given["settings"].seed, given["batch"], isinstance(frames, Iterator)))
-        return predict(model, frames, **given)
+        return segment_frames(model, frames, **given)
 
-    monkeypatch.setattr(methods, "predict", watched)
+    monkeypatch.setattr(methods, "segment_frames", watched)
     settings = InferenceSettings(similarity=-1, min_object=0)
     own = model_methods(model=model, settings=settings, batch=3)["model"]
     found = {seed: own.find(video, SIZE, seed) for seed in (0, 7)}
     assert asked == [(0, 3, True), (7, 3, True)]  # frames come one by one
     for seed, seen in found.items():
         drawn = InferenceSettings(similarity=-1, min_object=0, seed=seed)
-        prediction = predict(model, video.load_frames(), settings=drawn)
-        wanted = found_in(prediction, [0, 3, 9], SIZE, drawn)
+        wanted = found_in(segment_frames(model, video.load_frames(), settings=drawn), [0, 3, 9])
         assert np.array_equal(seen.semantic, wanted.semantic)
         assert np.array_equal(seen.instances, wanted.instances)
     assert found[0].regions is not None and found[7].regions is not None

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from toy import Line, TinyConfig, moments, with_output
 from smtc.config import Config, EvalConfig
 from smtc.errors import UserError
 from smtc.evaluation.discovery import evaluate_discovery
-from smtc.inference import Prediction
+from smtc.inference import FrameSegmentation
 from smtc.model import SMTC
 from smtc.training import held_out
 from smtc.training.distributed import World
@@ -187,6 +188,12 @@ def test_a_method_without_masks_cannot_be_scored(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_score_that_should_be_small_makes_no_checkpoint_the_best(synthetic_data: Path) -> None:
+    config = EvalConfig(data=str(synthetic_data), metric="identity_switch_rate")
+    with pytest.raises(UserError, match="no score 'identity_switch_rate' for eval.metric"):
+        HeldOut(config, ALONE)
+
+
 # Many processes.
 
 
@@ -200,13 +207,13 @@ def test_processes_share_the_videos(
     expected = HeldOut(config, ALONE).score(model)
     parts: list[Any] = []
     seen: list[int] = []
-    predict = held_out.predict
+    segment_frames = held_out.segment_frames
 
-    def watched(*arguments: Any) -> Prediction:
+    def watched(*arguments: Any) -> Iterator[FrameSegmentation]:
         seen[-1] += 1
-        return predict(*arguments)
+        return segment_frames(*arguments)
 
-    monkeypatch.setattr(held_out, "predict", watched)
+    monkeypatch.setattr(held_out, "segment_frames", watched)
     # First all give what they have, then all get what all gave.
     monkeypatch.setattr(held_out.distributed, "gather", lambda mine: parts.append(mine) or [])
     for rank in range(size):
