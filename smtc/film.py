@@ -1,7 +1,7 @@
 """Video files that play in browsers, written frame by frame."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,14 @@ def film(path: Path, rate: float) -> Iterator[Callable[[Pixels], None]]:
 
     try:
         yield add
-        if writer is not None:
-            writer.finish()
-    finally:
-        if writer is not None:
-            writer.close()
+    except BaseException:
+        # What went wrong first is what counts.
+        with suppress(Exception):
+            if writer is not None:
+                writer.close()
+        raise
+    if writer is not None:
+        writer.close()
 
 
 def _has_h264() -> bool:
@@ -66,7 +69,9 @@ class _H264:
         import av
 
         self._av = av
-        self._container = av.open(str(path), "w", options={"movflags": "faststart"})
+        # FFmpeg leaves a file open whose head could not be written.
+        self._file = path.open("wb")
+        self._container = av.open(self._file, "w", format="mp4")
         stream = self._container.add_stream("libx264", Fraction(rate).limit_denominator(1001))
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
@@ -76,13 +81,26 @@ class _H264:
 
     def add(self, image: Pixels) -> None:
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        self._container.mux(self._stream.encode(frame))
-
-    def finish(self) -> None:
-        self._container.mux(self._stream.encode(None))
+        with self._told_by_the_system():
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
-        self._container.close()
+        try:
+            with self._told_by_the_system():
+                self._container.mux(self._stream.encode(None))
+                self._container.close()
+        finally:
+            self._file.close()
+
+    @contextmanager
+    def _told_by_the_system(self) -> Iterator[None]:
+        """Errors in writing are those of the file."""
+        try:
+            yield
+        except self._av.FFmpegError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            raise
 
 
 class _MPEG4:
@@ -97,9 +115,6 @@ class _MPEG4:
 
     def add(self, image: Pixels) -> None:
         self._writer.write(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
-
-    def finish(self) -> None:
-        pass
 
     def close(self) -> None:
         self._writer.release()

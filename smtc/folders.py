@@ -52,7 +52,8 @@ def whole_folder(
         _replace(target, partial, former)
     except OSError as error:
         raise UserError(
-            f"{target} cannot be written ({error.strerror or error}); choose another output folder."
+            f"{target} cannot be written ({error.strerror or error}); free some space or choose "
+            "another output folder."
         ) from error
     except KeyboardInterrupt:
         interrupted = True

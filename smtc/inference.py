@@ -62,10 +62,13 @@ class InferenceSettings:
     def __post_init__(self) -> None:
         for name in ("threshold", "min_area", "min_object"):
             value = getattr(self, name)
+            flag = " (--area)" if name == "min_object" else ""
             if not 0 <= value <= 1:
-                raise UserError(f"{name} is {value}; give a share between 0 and 1.")
+                raise UserError(f"{name}{flag} is {value}; give a share between 0 and 1.")
         if not -1 <= self.similarity <= 1:
-            raise UserError(f"similarity is {self.similarity}; give a cosine between -1 and 1.")
+            raise UserError(
+                f"similarity (--score) is {self.similarity}; give a cosine between -1 and 1."
+            )
         if not 1 <= self.max_objects <= MOST_IDS:
             raise UserError(f"max_objects is {self.max_objects}; give 1 to {MOST_IDS}.")
         if self.iterations is not None and self.iterations < 1:

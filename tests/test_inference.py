@@ -173,10 +173,10 @@ def test_wrong_settings_are_refused():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"min_object": 1.5}, "min_object is 1.5; give a share"),
+        ({"min_object": 1.5}, r"min_object \(--area\) is 1.5; give a share"),
         ({"min_area": -0.1}, "min_area is -0.1"),
         ({"threshold": float("nan")}, "threshold is nan"),
-        ({"similarity": 2}, "similarity is 2; give a cosine"),
+        ({"similarity": 2}, r"similarity \(--score\) is 2; give a cosine"),
         ({"max_objects": 0}, "max_objects is 0; give 1 to 255"),
         ({"max_objects": 256}, "max_objects is 256"),
         ({"iterations": 0}, "iterations is 0"),
