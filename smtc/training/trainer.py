@@ -95,7 +95,9 @@ def build_method(config: Config) -> Method:
 def pick_device(name: str) -> torch.device:
     """`auto`, `cpu` or `cuda` as a device. Errors: `UserError` where there is no CUDA."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("CUDA was asked for but this machine has none; use --train.device cpu.")
+        raise UserError(
+            "CUDA was asked for but this machine has none; use the device cpu, or auto."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
