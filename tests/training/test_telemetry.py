@@ -282,9 +282,7 @@ def test_a_picture_shows_the_clip_and_its_masks(tiny_config: TinyConfig) -> None
             assert np.array_equal(tile, colour_labels(label, palette))
 
 
-def test_a_model_of_many_slots_has_pictures_too(
-    tiny_config: TinyConfig, tmp_path: Path
-) -> None:
+def test_a_model_of_many_slots_has_pictures_too(tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = with_output(
         tiny_config, tmp_path / "run", model__slots=64, train__steps=1, train__pictures_every=1
     )
