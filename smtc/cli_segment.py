@@ -1,6 +1,7 @@
 """`smtc segment`: its flags and what it calls."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,8 @@ def _segment(arguments: list[str]) -> None:
         seed=flags.seed,
         **{name: value for name, value in chosen.items() if value is not None},
     )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("smtc segment is the work of one process; start it without torchrun.")
     video = open_source(flags.video)
     if flags.output.resolve() in (flags.video.resolve(), *flags.video.resolve().parents):
         raise UserError(f"The output {flags.output} would replace the video; choose another.")
@@ -91,10 +94,8 @@ def _segment(arguments: list[str]) -> None:
         viewer=flags.viewer,
         batch=flags.batch,
     )
-    print(
-        f"{len(found.objects)} objects in {found.frames} frames: "
-        f"masks, scores and overlay in {flags.output}."
-    )
+    what = f"{len(found.objects)} objects" if flags.maps == "instance" else "Semantic maps"
+    print(f"{what} in {found.frames} frames: masks, scores and overlay in {flags.output}.")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

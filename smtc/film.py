@@ -30,7 +30,7 @@ def film_size(height: int, width: int) -> tuple[int, int]:
 @contextmanager
 def film(path: Path, rate: float) -> Iterator[Callable[[Pixels], None]]:
     """A function that adds an RGB image `[h,w,3]`, of a size that `film_size` gives, to the video
-    at `path`, which shows `rate` images a second.
+    at `path`, which shows `rate` images a second, at least one in 1000 seconds.
 
     H.264 where PyAV is there and has an encoder of it, else OpenCV's MPEG-4, which fewer players
     show. Raises `UserError` where there is neither, and `OSError` where the file cannot be written.
@@ -72,7 +72,9 @@ class _H264:
         # FFmpeg leaves a file open whose head could not be written.
         self._file = path.open("wb")
         self._container = av.open(self._file, "w", format="mp4")
-        stream = self._container.add_stream("libx264", Fraction(rate).limit_denominator(1001))
+        stream = self._container.add_stream(
+            "libx264", Fraction(max(rate, 0.001)).limit_denominator(1001)
+        )
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = _THREADS

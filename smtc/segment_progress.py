@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smtc.evaluation.kept_scores import code_hash, key_of, stamps
-from smtc.evaluation.manifest import weights_hash
+from smtc.evaluation.manifest import versions, weights_hash
 from smtc.inference import InferenceSettings
 from smtc.model import SMTC
 from smtc.pipelines.frame_source import FrameSource
@@ -106,6 +106,8 @@ def progress_key(
         "video": [video.name, len(video), stamps(Path("/"), files)],
         "settings": dataclasses.asdict(settings),
         "code": code_hash(),
+        "device": next(model.parameters()).device.type,
+        "versions": versions(),
         **options,
     }
     return key_of(deciding)

@@ -27,6 +27,7 @@ from smtc.model import SMTC
 from smtc.pipelines.frame_source import FrameSource, open_source
 from smtc.pipelines.images import read_ids, write_ids
 from smtc.progress import track
+from smtc.rendering import MOST_IDS
 from smtc.segment_progress import SegmentProgress, Told, progress_key
 from smtc.viewer import open_viewer
 from smtc.visualize import overlay
@@ -76,7 +77,8 @@ def segment_video(
     """Segment a video of any length, and write masks, scores and an overlay to `output`.
 
     `masks/<name>/00000.png` … are palette PNGs of the frames' size, `scores.json` has the scores of
-    each frame's ids and what each id is seen in, `overlay.mp4` shows masks over frames.
+    each frame's ids and what each id is seen in (of semantic maps each frame's background),
+    `overlay.mp4` shows masks over frames.
 
     Args:
         source: a folder of JPEG or PNG frames, one such image, or a video file.
@@ -94,9 +96,9 @@ def segment_video(
     if rate is not None and not 0 < rate <= 1000:
         raise UserError(f"fps is {rate}; give frames a second, more than 0 and at most 1000.")
     video = source if isinstance(source, FrameSource) else open_source(source)
-    if maps == "semantic" and model.config.slots > 256:
+    if maps == "semantic" and model.config.slots > MOST_IDS:
         raise UserError(
-            f"{model.config.slots} semantic slots are more than the 256 values of a mask; "
+            f"{model.config.slots} semantic slots are more than the {MOST_IDS} of a map; "
             "write instance maps."
         )
     summary = Summary()
@@ -107,21 +109,21 @@ def segment_video(
         shows = [stack.enter_context(_overlay(folder / "overlay.mp4", rate))]
         if viewer:
             page = folder / "viewer.html"
-            shows.append(stack.enter_context(open_viewer(page, video.name, fps=rate)))
+            called = {"kind": "semantic", "first": 0} if maps == "semantic" else {}
+            shows.append(stack.enter_context(open_viewer(page, video.name, fps=rate, **called)))
         work = _work(model, video, folder, settings, options, progress)
         bar = track(work, total=len(video), title=f"segment {video.name}", unit="frame")
         for picture, mask, told in bar:
             ids = _small_ids(mask, picture, told.background if maps == "semantic" else None)
             for show in shows:
                 show(picture, ids, told.scores if maps == "instance" else {})
-            summary.add(told.scores)
-        content = {
-            "video": video.name,
-            "maps": maps,
-            "settings": dataclasses.asdict(settings),
-            "objects": summary.objects,
-            "frames": [told.scores for told in progress.told],
-        }
+            summary.add(told.scores if maps == "instance" else {})
+        content = {"video": video.name, "maps": maps, "settings": dataclasses.asdict(settings)}
+        if maps == "instance":
+            content["objects"] = summary.objects
+            content["frames"] = [told.scores for told in progress.told]
+        else:
+            content["background"] = [told.background for told in progress.told]
         (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         progress.close(folder)
     return summary
@@ -141,17 +143,18 @@ def _work(
     """
     small: deque[Pixels] = deque()
     frames = _shrunk(video, small)
-    done = progress.done
+    done, before = progress.done, None
     for index, told in enumerate(progress.told[:done]):
-        next(frames)
+        before = next(frames)
         yield small.popleft(), read_ids(_mask_path(folder, video.name, index)), told
     if done and done == len(video):
         return
     segmenter = Segmenter(settings)
     if done:
         segmenter.restore(progress.state)
+    batch = options["batch"]
     found = segment_frames(
-        model, frames, settings=settings, batch=options["batch"], segmenter=segmenter
+        model, frames, settings=settings, batch=batch, segmenter=segmenter, before=before
     )
     for index, frame in enumerate(found, start=done):
         mask = frame.semantic if options["maps"] == "semantic" else frame.mask
@@ -200,7 +203,7 @@ def _small_ids(mask: Pixels, picture: Pixels, background: int | None) -> Pixels:
     ids = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
     if background is None:
         return np.asarray(ids, np.uint8)
-    return np.where(ids == background, 0, ids.astype(np.int16) % 255 + 1).astype(np.uint8)
+    return np.where(ids == background, 0, ids + 1).astype(np.uint8)
 
 
 @contextmanager

@@ -60,6 +60,11 @@ class Tracker:
         self._frame += 1
         return ids
 
+    def forget(self) -> None:
+        """A scene has ended: nothing that was seen before is found again."""
+        for track in self._tracks:
+            track.seen = min(track.seen, self._frame - REMEMBERED - 1)
+
     def state(self) -> dict[str, NDArray[Any]]:
         """All that is remembered, as arrays that `restore` takes."""
         tracks = self._tracks
@@ -100,5 +105,7 @@ def _matches(tracks: list[_Track], masks: Floats, embeddings: Floats) -> list[tu
     union = new.sum(-1)[:, None] + old.sum(-1)[None] - shared
     likeness = embeddings @ np.stack([track.embedding for track in tracks]).T
     score = (shared / np.maximum(union, 1e-12) + likeness) / 2
+    # A pair that is no match must not keep either of the two from another.
+    score = np.where(score >= MATCHED, score, 0)
     pairs = zip(*linear_sum_assignment(score, maximize=True), strict=True)
-    return [(int(n), int(o)) for n, o in pairs if score[n, o] >= MATCHED]
+    return [(int(n), int(o)) for n, o in pairs if score[n, o] > 0]

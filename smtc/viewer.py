@@ -45,21 +45,32 @@ def write_viewer(
     fps: float,
     scores: Iterable[Mapping[int, float]],
     limit: int = LIMIT,
+    kind: str = "object",
+    first: int = 1,
 ) -> Path:
     """Write a page that plays `frames` (RGB uint8 `[h,w,3]`, of one size) under their `masks` (ids
     uint8 `[h,w]`, 0 is background); `scores` are those of each frame's ids.
 
-    The three run in parallel and may be lazy: at most `limit` small compressed frames are held.
+    The three run in parallel and may be lazy: at most `limit` small compressed frames are held. On
+    the page id 1 is called `kind` and `first`.
     Raises `UserError` for no frames and where the page cannot be written.
     """
-    with open_viewer(path, title, fps=fps, limit=limit) as add:
+    with open_viewer(path, title, fps=fps, limit=limit, kind=kind, first=first) as add:
         for frame, mask, found in zip(frames, masks, scores, strict=True):
             add(frame, mask, found)
     return Path(path)
 
 
 @contextmanager
-def open_viewer(path: str | Path, title: str, *, fps: float, limit: int = LIMIT) -> Iterator[Add]:
+def open_viewer(
+    path: str | Path,
+    title: str,
+    *,
+    fps: float,
+    limit: int = LIMIT,
+    kind: str = "object",
+    first: int = 1,
+) -> Iterator[Add]:
     """`write_viewer` for one who has the frames one by one: a function that takes a frame, its mask
     and its scores. The page appears, whole, when the block ends well.
     """
@@ -71,7 +82,8 @@ def open_viewer(path: str | Path, title: str, *, fps: float, limit: int = LIMIT)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            _write_page(file, title, fps, collected)
+            names = {id: f"{kind} {id + first - 1}" for id in sorted(collected.ids)}
+            _write_page(file, title, fps, collected, names)
         partial.replace(path)
     except OSError as error:
         raise UserError(
@@ -124,14 +136,18 @@ def _encode(kind: str, image: Pixels, options: list[int]) -> bytes:
     return data.tobytes()
 
 
-def _write_page(file: IO[str], title: str, fps: float, collected: _Collected) -> None:
-    head, tail = _PAGE.replace("@TITLE@", html.escape(title)).split("@DATA@")
+def _write_page(
+    file: IO[str], title: str, fps: float, collected: _Collected, names: Mapping[int, str]
+) -> None:
+    head, tail = _PAGE.split("@DATA@")
+    head = head.replace("@TITLE@", html.escape(title))
     settings = {
         "fps": fps,
         "stride": collected.stride,
         "total": collected.total,
         "size": collected.size,
-        "ids": sorted(collected.ids),
+        "ids": list(names),
+        "names": names,
         "palette": object_palette().tolist(),
     }
     file.write(head + json.dumps(settings)[:-1] + ', "frames": [\n')
@@ -231,7 +247,7 @@ for (const id of data.ids) {
   swatch.className = "swatch";
   swatch.style.background = `rgb(${data.palette[id]})`;
   score.className = "score";
-  row.append(box, swatch, `object ${id}`, score);
+  row.append(box, swatch, data.names[id], score);
   find("objects").append(row);
   rows.set(id, { row, score });
 }
@@ -286,7 +302,7 @@ function point(id) {
   for (const [other, { row }] of rows) row.classList.toggle("under", other === id);
   const score = data.frames[wanted].scores[id];
   find("under").textContent = !id ? ""
-    : `object ${id}` + (score === undefined ? "" : `, score ${score.toFixed(2)}`);
+    : data.names[id] + (score === undefined ? "" : `, score ${score.toFixed(2)}`);
 }
 
 async function play() {

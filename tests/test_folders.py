@@ -125,7 +125,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path, moment):
     earlier(target)
     command = [sys.executable, "-c", KILLED, str(target), moment]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-    assert len(names(tmp_path)) == 2
+    assert len(names(tmp_path)) == 3  # with the lock
     with pytest.raises(RuntimeError), whole_folder(target, HOLDS):
         raise RuntimeError
     assert (target / "a.txt").read_text() == "old"
@@ -169,3 +169,26 @@ def test_the_folder_has_ordinary_permissions(tmp_path):
         pass
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_two_at_a_time_are_refused(tmp_path):
+    with whole_folder(tmp_path / "out", ("a",), writer="me") as folder:
+        (folder / "a").write_text("first")
+        for goes_on in (None, lambda _: True):
+            with (
+                pytest.raises(UserError, match=r"out is being written by another command; wait"),
+                whole_folder(tmp_path / "out", ("a",), writer="me", goes_on=goes_on),
+            ):
+                pytest.fail("two at a time")
+        assert (folder / "a").read_text() == "first"
+        with whole_folder(tmp_path / "other", ("a",)):
+            pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+    assert (tmp_path / "out" / "a").read_text() == "first"
+
+
+def test_a_lock_that_a_killed_run_left_is_none(tmp_path):
+    (tmp_path / ".out.smtc-lock").touch()
+    with whole_folder(tmp_path / "out", ()):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

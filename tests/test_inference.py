@@ -242,7 +242,8 @@ def test_an_id_follows_its_object_over_slots_and_chunks():
         instance[index, 1, 1 - slot, 2:5, 9:11] = 1
         embeddings[index, 1, slot], embeddings[index, 1, 1 - slot] = moving_box, still
     scores = torch.ones(count, 2, 2)
-    prediction = inference.Prediction(instance.sum(2), instance, scores, embeddings)
+    cuts = torch.zeros(count, dtype=torch.bool)
+    prediction = inference.Prediction(instance.sum(2), instance, scores, embeddings, cuts)
     found = [f.mask for f in segment_prediction(prediction, (8, 12), InferenceSettings())]
     assert all(mask[3, index // 16 + 1] == 1 for index, mask in enumerate(found))
     assert all(mask[3, 10] == 2 for mask in found)
@@ -250,17 +251,56 @@ def test_an_id_follows_its_object_over_slots_and_chunks():
     assert [mask[3, 10] for mask in fixed[:3]] == [4, 3, 4]
 
 
-def test_the_background_may_change_with_the_scene_but_not_for_a_moment():
+def test_the_background_may_change_slowly_but_not_for_a_moment():
     grey, green = scene(frames=CHUNK), scene(frames=CHUNK)
     green[(green == GREY).all(-1)] = (0, 254, 0)
-    backgrounds = [
-        frame.background
-        for frame in segment_frames(ColourModel(), np.concatenate([grey, green[:8], green, green]))
-    ][::CHUNK]
+
+    def backgrounds(*parts):
+        prediction = predict(ColourModel(), np.concatenate(parts))
+        prediction.cuts[:] = False
+        found = segment_prediction(prediction, (64, 96), InferenceSettings())
+        return [frame.background for frame in found][::CHUNK]
+
     # The second chunk is green, and so counts once against half of the grey one.
-    assert backgrounds == [0, 2, 2, 2]
-    mixed = np.concatenate([grey, green[:8], grey[:24], grey])
-    assert {frame.background for frame in segment_frames(ColourModel(), mixed)} == {0}
+    assert backgrounds(grey, green, green) == [0, 2, 2]
+    assert backgrounds(grey, green[:8], grey[:24], grey) == [0, 0, 0]
+    assert backgrounds(grey, green[:17], grey[:15], grey) == [0, 0, 0]
+
+
+def test_with_a_scene_background_and_ids_begin_anew():
+    grey, green = scene(frames=5), scene(frames=5)
+    green[(green == GREY).all(-1)] = (0, 254, 0)
+    found = list(segment_frames(ColourModel(), np.concatenate([grey, green, grey])))
+    assert [frame.background for frame in found] == [0] * 5 + [2] * 5 + [0] * 5
+    ids = [set(frame.scores) for frame in found]
+    assert ids[:5] == [{1, 2}] * 5 and ids[10:] == [ids[10]] * 5
+    assert not (ids[4] & ids[5] or ids[5] & ids[10] or ids[4] & ids[10])
+
+
+def test_a_scene_ends_where_colours_change_at_once():
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 100, (2, 40, 64, 96, 3), dtype=np.uint8)
+    second += 120
+    parts = [first[:CHUNK], second[:9], first[32:33], first[33:36]]
+    cuts = predict(ColourModel(), np.concatenate(parts)).cuts
+    assert cuts.nonzero()[:, 0].tolist() == [CHUNK, CHUNK + 9]
+    # A quarter of the frame that changes is the least.
+    for rows, cut in ((15, False), (16, True)):
+        changed = first[:2].copy()
+        changed[:] = 30
+        changed[1, :rows] = 200
+        assert predict(ColourModel(), changed).cuts.tolist() == [False, cut]
+    # A chunk that is not the first knows the frame before it.
+    later = next(predict_chunks(ColourModel(), second[:3], before=first[0]))
+    assert later.cuts.tolist() == [True, False, False]
+
+
+def test_a_model_that_says_nan_is_told():
+    model = ColourModel()
+    with torch.no_grad():
+        model.colours[1, 1] = torch.nan
+    with pytest.raises(UserError, match="The model says NaN"):
+        segment(model, scene())
 
 
 def test_small_objects_and_all_but_the_largest_are_background():
@@ -297,6 +337,7 @@ def test_many_slots_need_tracking():
         torch.ones(1, 64, 5, 2, 2) / 320,
         torch.ones(1, 64, 5),
         torch.eye(320).view(1, 64, 5, 320),
+        torch.zeros(1, dtype=torch.bool),
     )
     with pytest.raises(UserError, match="320 instance slots are more than the 255 ids"):
         next(segment_prediction(prediction, (4, 4), slots()))

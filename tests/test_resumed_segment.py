@@ -25,11 +25,12 @@ COUNT = 3 * CHUNK + 7
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A red box that comes and goes over a green one."""
+    """A red box that comes and goes over a green one; a scene begins with the third chunk."""
     path = tmp_path / "in" / "boxes"
     path.mkdir(parents=True)
     for index in range(COUNT):
-        frame = np.full((64, 96, 3), GREY, np.uint8)
+        ground = GREY if index < 2 * CHUNK else (100, 100, 100)
+        frame = np.full((64, 96, 3), ground, np.uint8)
         frame[24:48, 60:84] = GREEN
         if index % 11 < 8:
             frame[16:40, (left := 8 + index % 40) : left + 24] = RED

@@ -91,6 +91,9 @@ def test_a_page_to_look_at_it(tmp_path, maps):
     segment_video(ColourModel(), folder, tmp_path / "out", viewer=True, maps=maps)
     page = (tmp_path / "out" / "viewer.html").read_text()
     assert page.count("data:image/jpeg") == page.count("data:image/png") == 6
+    # Names are what is in the masks: the semantics 1 and 2, of which 0 is background.
+    names = ["semantic 1", "semantic 2"] if maps == "semantic" else ["object 1", "object 2"]
+    assert all(name in page for name in names) and names[0][:-1] + "3" not in page
     segment_video(ColourModel(), folder, tmp_path / "out")
     assert not (tmp_path / "out" / "viewer.html").exists()
 
@@ -133,7 +136,10 @@ def test_semantic_maps(tmp_path):
     assert masks[0, 28, 20] == 1 and masks[0, 36, 72] == 2 and masks[0, 0, 0] == 0
     shown = cv2.VideoCapture(str(tmp_path / "out" / "overlay.mp4")).read()[1]
     assert np.abs(shown[60, 50].astype(int) - 128).max() < 20
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())["maps"] == "semantic"
+    # Ids of objects are in no file.
+    written = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert written.keys() == {"video", "maps", "settings", "background"}
+    assert written["background"] == [0] * 6
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path, tiny_config):
@@ -209,7 +215,7 @@ def test_impossible_wishes(tmp_path):
             segment_video(ColourModel(), folder, tmp_path / "out", rate=rate)
     model = ColourModel()
     model.config.slots = 300
-    with pytest.raises(UserError, match="300 semantic slots are more than the 256"):
+    with pytest.raises(UserError, match="300 semantic slots are more than the 255"):
         segment_video(model, folder, tmp_path / "out", maps="semantic")
     with pytest.raises(UserError, match="no multiple"):
         segment_video(

@@ -95,3 +95,35 @@ def test_nothing_to_follow_is_no_error():
     assert update(tracker) == [] and update(tracker) == []
     assert update(tracker, (np.zeros((16, 16)), A)) == [1]
     assert update(tracker, (np.zeros((16, 16)), A)) == [1]
+
+
+def test_what_matches_too_little_does_not_push_others_off_their_ids():
+    tracker = Tracker()
+    update(tracker, (box(2, 2), kind(1, 1, 0)), (box(2, 4), kind(1, 1.2, 0)))
+    # The first moves on, the second is gone, and what is new is like neither.
+    assert update(tracker, (box(2, 3), kind(1, 1.1, 0)), (box(12, 12), -A)) in ([1, 3], [2, 3])
+    tracker = Tracker()
+    update(tracker, (box(2, 2), A), (box(2, 3), kind(1, 0.3, 0)))
+    strange = kind(0.1, 0, 1)
+    # Both together would gain most if the first took 2 and the stranger 1.
+    assert update(tracker, (box(2, 2), kind(1, 0.1, 0)), (box(12, 12), strange)) == [1, 3]
+
+
+def test_after_a_scene_nothing_is_found_again_but_numbers_go_on():
+    tracker = Tracker(max_objects=3)
+    assert update(tracker, (box(0, 0), A), (box(12, 12), B)) == [1, 2]
+    tracker.forget()
+    assert update(tracker, (box(0, 0), A)) == [3]
+    assert update(tracker, (box(0, 0), A)) == [3]
+    tracker.forget()
+    assert update(tracker, (box(0, 0), A)) == [1]
+
+
+def test_a_state_is_all_that_is_remembered():
+    first, second = Tracker(3), Tracker(3)
+    update(first, (box(0, 0), A), (box(12, 12), B))
+    update(first, (box(0, 1), A))
+    second.restore(first.state())
+    for objects in ([(box(12, 12), B)], [(box(5, 5), C)], [(box(0, 1), A), (box(12, 11), B)]):
+        assert update(first, *objects) == update(second, *objects)
+    assert all(np.array_equal(v, second.state()[k]) for k, v in first.state().items())

@@ -90,6 +90,11 @@ class Slots(Method):
         inference: Inference,
     ) -> None:
         settings = inference.settings
+        if config.slots > 256:
+            raise UserError(
+                f"{config.slots} semantic slots are more than the 256 that can be scored; give a "
+                "model with fewer."
+            )
         switches = {
             **dataclasses.asdict(settings),
             "size": list(settings.size or config.resolution),

@@ -3,6 +3,7 @@
 A protocol scores what a method sees in a video (`Found`), whatever the method is.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,17 +55,18 @@ def found_in(frames: Iterable[FrameSegmentation], positions: Sequence[int]) -> F
     """
     wanted = set(positions)
     semantic, instances, regions, objects = [], [], [], []
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(itertools.islice(frames, max(wanted) + 1)):
         if index in wanted:
             semantic.append(frame.semantic)
             instances.append(frame.mask)
             regions.append(winners(frame.soft_instance, frame.found.size))
-            objects.append(frame.found)
+            if frame.found.threshold is not None:
+                objects.append(frame.found)
     return Found(
         semantic=np.stack(semantic),
         instances=np.stack(instances),
         regions=np.stack(regions),
-        proposals=_Proposals(objects) if objects[0].threshold is not None else None,
+        proposals=_Proposals(objects) if objects else None,
     )
 
 
@@ -112,9 +114,12 @@ def score_foreground(instances: Labels, semantic: Labels, true: Labels) -> Frame
     `border_j`, `border_f`: all but the semantic region that holds most border pixels of the frame.
     `best_slot_j`, `best_slot_f`: the one region with the best mean J over the video, which only
     labels can tell.
-    Args: label maps `[F,h,w]`.
+    Args: label maps `[F,h,w]`. Where `true` holds ids of objects 255 is void, else the object.
     """
-    objects = np.asarray(true) > 0
+    true = np.asarray(true)
+    ids = bool(((true > 0) & (true < 255)).any())
+    void = true == 255 if ids else None
+    objects = true > 0 if void is None else (true > 0) & ~void
     foregrounds = {
         "": np.asarray(instances) > 0,
         "border_": np.stack([metrics.foreground(labels) for labels in semantic]),
@@ -122,8 +127,8 @@ def score_foreground(instances: Labels, semantic: Labels, true: Labels) -> Frame
     }
     scores = {}
     for name, predicted in foregrounds.items():
-        scores[name + "j"] = metrics.region_similarity(predicted, objects)
-        scores[name + "f"] = metrics.boundary_f(predicted, objects)
+        scores[name + "j"] = metrics.region_similarity(predicted, objects, void)
+        scores[name + "f"] = metrics.boundary_f(predicted, objects, void)
     return scores
 
 

@@ -115,13 +115,16 @@ def read_frame(path: Path) -> Pixels:
 
 
 def read_grey(path: Path) -> Pixels:
-    """Brightness uint8 `[h,w]` of a mask in any format; each id of a palette but 0 counts as white.
+    """Brightness uint8 `[h,w]` of a mask in any format; each id but 0 of a palette that is not grey
+    counts as white.
 
     Raises `BadFrame` for a file that is missing, cut short or no image.
     """
     if path.suffix.lower() not in _UNMARKED:
         check_image(path)
     image = _open_whole(path)
+    if image.mode == "P" and _is_grey(image):
+        return np.asarray(image.convert("L"))
     if image.mode in ("P", "1"):
         return np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8)
     if image.mode.startswith("I"):  # 16 bits
@@ -130,6 +133,12 @@ def read_grey(path: Path) -> Pixels:
         return np.asarray(image)
     # OpenCV's rounding, not Pillow's: what the thresholds of data sets were chosen with.
     return np.asarray(cv2.cvtColor(np.asarray(image.convert("RGB")), cv2.COLOR_RGB2GRAY))
+
+
+def _is_grey(image: Image.Image) -> bool:
+    """Whether a palette holds nothing but brightness."""
+    used = [colour for _, colour in image.convert("RGB").getcolors(256) or []]
+    return all(isinstance(colour, tuple) and len(set(colour)) == 1 for colour in used)
 
 
 def _open_whole(path: Path) -> Image.Image:
