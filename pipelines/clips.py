@@ -94,7 +94,7 @@ def find_videos(
     root = Path(root)
     if not root.is_dir():
         what = "is no folder" if root.exists() else "does not exist"
-        raise UserError(f"The data folder {root} {what}; give a folder of videos with --data.")
+        raise UserError(f"The data folder {root} {what}; give a folder of videos.")
     try:
         videos = _search(root)
         files = find_video_files(root) if containers or not videos else {}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -261,9 +261,9 @@ class _BenchCompare:
     the threshold and the ranges from the 20th to the 80th percentile do not touch.
     """
 
-    before: tyro.conf.Positional[Path]
+    before: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BEFORE")]
     """A report's JSON file, or a folder of them."""
-    after: tyro.conf.Positional[Path]
+    after: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AFTER")]
     """The same, after the change."""
     threshold: float = 0.05
     """The least relative change that counts."""

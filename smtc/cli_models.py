@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,9 +18,9 @@ class _Convert:
     For example: smtc convert dino_deitsmall16_pretrain.pth dino_small
     """
 
-    file: tyro.conf.Positional[Path]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """The public file."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A new or empty folder, or a model folder to replace."""
 
 
@@ -34,9 +34,9 @@ class _Export:
     beside it says the rest. Exits with 1, and leaves nothing, when it differs from the model.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A run folder, a model folder, a .safetensors file or the authors' .pth."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Where model.pt2, model.onnx and config.json go; an earlier export there is replaced."""
     height: int | None = None
     """Of the frames, a multiple of the patch; that of training when not given."""

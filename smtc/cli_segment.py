@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,12 +19,12 @@ class _Segment:
 
     For example: smtc segment holiday.mp4 --checkpoint runs/mine --output found/holiday
 
-    The output folder gets masks/VIDEO/00000.png … (palette PNGs of the frames' size, 0 is
-    background, an object keeps its id), scores.json and overlay.mp4. Videos may be of any length
+    The output folder gets masks/VIDEO/00000.png … (palette PNGs of the frames' size; 0 is
+    background and an object keeps its id), scores.json and overlay.mp4. Videos may be of any length
     and size; the same command gives the same bytes.
     """
 
-    video: tyro.conf.Positional[Path]
+    video: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO")]
     """A video file, a folder of JPEG or PNG frames, or one such image."""
     checkpoint: Path
     """A run folder, a model folder, a .safetensors file or the authors' .pth."""
@@ -94,8 +94,14 @@ def _segment(arguments: list[str]) -> None:
         viewer=flags.viewer,
         batch=flags.batch,
     )
-    what = f"{len(found.objects)} objects" if flags.maps == "instance" else "Semantic maps"
-    print(f"{what} in {found.frames} frames: masks, scores and overlay in {flags.output}.")
+    what = _count(len(found.objects), "object") if flags.maps == "instance" else "Semantic maps"
+    print(f"{what} in {_count(found.frames, 'frame')}: masks, scores, overlay in {flags.output}.")
+    if model.config.backbone.architecture == "vit_tiny":
+        print("This is a tiny model: it only knows the kind of videos that it was trained on.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

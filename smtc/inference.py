@@ -337,7 +337,8 @@ def _check_frames(frames: Any) -> None:
     array = isinstance(frames, np.ndarray) and frames.ndim > 0
     if not array and (not isinstance(frames, Sequence) or isinstance(frames, str | bytes)):
         raise UserError(
-            f"The frames are a {type(frames).__name__}; give an array [F,h,w,3] or a list."
+            f"The frames are a {type(frames).__name__}; give an array [F,h,w,3] or a list, such as "
+            "list(smtc.pipelines.frame_source.open_source(path))."
         )
     if len(frames) == 0:
         raise UserError("There are no frames to segment.")
@@ -389,7 +390,7 @@ def predict_chunks(
     """
     if not isinstance(batch, int) or batch < 1:
         raise UserError(f"batch is {batch}; give a whole number of windows, 1 or more.")
-    size = _model_size(model, settings)
+    size = model_size(model, settings)
     iterator = iter(frames)
     last = None if before is None else _colours(before)
     empty = True
@@ -418,7 +419,8 @@ def _colours(frame: Pixels) -> NDArray[np.float32]:
     return np.bincount(code, minlength=64).astype(np.float32) / code.size
 
 
-def _model_size(model: SMTC, settings: InferenceSettings) -> tuple[int, int]:
+def model_size(model: SMTC, settings: InferenceSettings) -> tuple[int, int]:
+    """Height and width that frames are squashed to; `UserError` where the model cannot take it."""
     size = settings.size or model.config.resolution
     patch = model.config.backbone.patch
     for side in size:

@@ -21,6 +21,7 @@ from smtc.inference import (
     InferenceSettings,
     Segmenter,
     inference_settings,
+    model_size,
     segment_frames,
 )
 from smtc.model import SMTC
@@ -102,6 +103,7 @@ def segment_video(
             "write instance maps."
         )
     summary = Summary()
+    size = model_size(model, settings)
     options = {"maps": maps, "batch": batch}
     progress = SegmentProgress(progress_key(model, video, settings, options))
     rate = rate or video.rate or RATE
@@ -118,7 +120,9 @@ def segment_video(
             for show in shows:
                 show(picture, ids, told.scores if maps == "instance" else {})
             summary.add(told.scores if maps == "instance" else {})
-        content = {"video": video.name, "maps": maps, "settings": dataclasses.asdict(settings)}
+        used = {"size": size, "iterations": settings.iterations or model.config.iterations}
+        settled = dataclasses.asdict(settings) | used
+        content = {"video": video.name, "maps": maps, "settings": settled}
         if maps == "instance":
             content["objects"] = summary.objects
             content["frames"] = [told.scores for told in progress.told]

@@ -229,7 +229,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"There is no file {path}; check the path.")
+        raise UserError(f"There is no file or folder {path}; check the path.")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint; name a file in it.")
     try:

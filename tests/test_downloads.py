@@ -546,7 +546,7 @@ def test_without_locks_each_has_a_file_of_its_own(
     assert kept() == {f"{DINO}.partial": len(before)}
 
 
-@pytest.mark.parametrize("status", [200, 404])
+@pytest.mark.parametrize("status", [200, pytest.param(404, marks=pytest.mark.slow)])
 def test_of_the_processes_of_a_machine_the_first_downloads(
     server: Server, tmp_path: Path, status: int
 ) -> None:

@@ -95,6 +95,7 @@ def test_any_batch_gives_what_the_model_gives(exported: Path, tiny_run: Path, ba
     agree(loaded(exported), load_model(tiny_run), InferenceSettings(), batch)
 
 
+@pytest.mark.slow
 def test_another_size_and_other_iterations(tiny_run: Path, tmp_path: Path) -> None:
     folder = export(tiny_run, tmp_path / "out", height=48, width=64, iterations=5).folder
     settings = InferenceSettings(size=(48, 64), iterations=5)
@@ -246,7 +247,7 @@ def test_a_position_on_the_threshold_does_not_condemn_a_file(tiny_run: Path) -> 
 def test_what_is_no_model_is_refused(
     safe: Command, tiny_config: TinyConfig, tmp_path: Path
 ) -> None:
-    assert f"There is no file {tmp_path / 'none'};" in safe(
+    assert f"There is no file or folder {tmp_path / 'none'};" in safe(
         "export", tmp_path / "none", tmp_path / "out"
     )
     save_encoder(build_encoder(tiny_config().model.backbone), tmp_path / "encoder")

@@ -120,7 +120,9 @@ def test_two_processes_are_timed(
         assert 0 < row["p20"] <= row["median"] <= row["p80"] and row["unit"] == "ms"
         assert row["efficiency"] > 0 and 0 <= row["communication_share"] <= 1
         assert row["clips_per_s"] == pytest.approx(1000 * row["clips"] / row["median"], rel=1e-3)
-    assert all(0 <= row["hidden_share"] <= 1 and row["all_reduce_ms"] > 0 for row in timed[2:])
+    # Where noise hides what is hidden, nothing is said of it.
+    assert all(0 <= row.get("hidden_share", 0) <= 1 for row in timed[2:])
+    assert all(row["all_reduce_ms"] > 0 for row in timed[2:])
     whole = gradient_bytes(Case("tiny", 4, 1), 0)
     assert [sum(found.get("buckets", [])) for found in everything] == [0, whole, whole]
 

@@ -112,6 +112,7 @@ def test_several_processes_write_what_one_writes(
     assert {path.name for path in tmp_path.iterdir() if "seen" not in path.name} == left
 
 
+@pytest.mark.slow
 def test_a_mistake_of_one_process_is_told_once_and_ends_all(
     two_videos: Path, tiny_run: Path, tmp_path: Path
 ) -> None:
