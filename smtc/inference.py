@@ -414,7 +414,7 @@ def predict_chunks(
 
 def _colours(frame: Pixels) -> NDArray[np.float32]:
     """The share of a small copy of the frame in each of 4 x 4 x 4 colours: float32 `[64]`."""
-    small = cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA) >> 6
+    small = np.asarray(cv2.resize(frame, (64, 64), interpolation=cv2.INTER_AREA), np.uint8) >> 6
     code = (small[..., 0] * 16 + small[..., 1] * 4 + small[..., 2]).ravel()
     return np.bincount(code, minlength=64).astype(np.float32) / code.size
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,44 +93,58 @@ def segment_video(
     on there. Raises `UserError` where the video or `output` cannot be read or written, and as
     `segment`; then nothing half-written stays.
     """
-    settings = inference_settings(preset)
+    settings, semantic = inference_settings(preset), maps == "semantic"
+    _check(model, settings, maps, rate)
+    video = source if isinstance(source, FrameSource) else open_source(source)
+    options = {"maps": maps, "batch": batch}
+    progress = SegmentProgress(progress_key(model, video, settings, options))
+    rate = rate or video.rate or RATE
+    summary = Summary()
+    with _result(output, video.name, progress) as folder, ExitStack() as stack:
+        shows = [stack.enter_context(_overlay(folder / "overlay.mp4", rate))]
+        if viewer:
+            kind, first = ("semantic", 0) if semantic else ("object", 1)
+            page = open_viewer(folder / "viewer.html", video.name, fps=rate, kind=kind, first=first)
+            shows.append(stack.enter_context(page))
+        work = _work(model, video, folder, settings, options, progress)
+        bar = track(work, total=len(video), title=f"segment {video.name}", unit="frame")
+        for picture, mask, told in bar:
+            ids = _small_ids(mask, picture, told.background if semantic else None)
+            # What has scores is no semantic slot but an object.
+            scores = {} if semantic else told.scores
+            for show in shows:
+                show(picture, ids, scores)
+            summary.add(scores)
+        head = {"video": video.name, "maps": maps, "settings": _used(model, settings)}
+        content = head | _told_of_maps(progress.told, None if semantic else summary)
+        (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        progress.close(folder)
+    return summary
+
+
+def _check(model: SMTC, settings: InferenceSettings, maps: Maps, rate: float | None) -> None:
+    model_size(model, settings)
     if rate is not None and not 0 < rate <= 1000:
         raise UserError(f"fps is {rate}; give frames a second, more than 0 and at most 1000.")
-    video = source if isinstance(source, FrameSource) else open_source(source)
     if maps == "semantic" and model.config.slots > MOST_IDS:
         raise UserError(
             f"{model.config.slots} semantic slots are more than the {MOST_IDS} of a map; "
             "write instance maps."
         )
-    summary = Summary()
-    size = model_size(model, settings)
-    options = {"maps": maps, "batch": batch}
-    progress = SegmentProgress(progress_key(model, video, settings, options))
-    rate = rate or video.rate or RATE
-    with _result(output, video.name, progress) as folder, ExitStack() as stack:
-        shows = [stack.enter_context(_overlay(folder / "overlay.mp4", rate))]
-        if viewer:
-            page = folder / "viewer.html"
-            called = {"kind": "semantic", "first": 0} if maps == "semantic" else {}
-            shows.append(stack.enter_context(open_viewer(page, video.name, fps=rate, **called)))
-        work = _work(model, video, folder, settings, options, progress)
-        bar = track(work, total=len(video), title=f"segment {video.name}", unit="frame")
-        for picture, mask, told in bar:
-            ids = _small_ids(mask, picture, told.background if maps == "semantic" else None)
-            for show in shows:
-                show(picture, ids, told.scores if maps == "instance" else {})
-            summary.add(told.scores if maps == "instance" else {})
-        used = {"size": size, "iterations": settings.iterations or model.config.iterations}
-        settled = dataclasses.asdict(settings) | used
-        content = {"video": video.name, "maps": maps, "settings": settled}
-        if maps == "instance":
-            content["objects"] = summary.objects
-            content["frames"] = [told.scores for told in progress.told]
-        else:
-            content["background"] = [told.background for told in progress.told]
-        (folder / "scores.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        progress.close(folder)
-    return summary
+
+
+def _used(model: SMTC, settings: InferenceSettings) -> dict[str, Any]:
+    """The settings, with what the model decides."""
+    iterations = settings.iterations or model.config.iterations
+    decided = {"size": model_size(model, settings), "iterations": iterations}
+    return dataclasses.asdict(settings) | decided
+
+
+def _told_of_maps(told: Sequence[Told], summary: Summary | None) -> dict[str, Any]:
+    """What `scores.json` says of objects, or without a `summary` of semantic maps."""
+    if summary is None:
+        return {"background": [frame.background for frame in told]}
+    return {"objects": summary.objects, "frames": [frame.scores for frame in told]}
 
 
 def _work(
