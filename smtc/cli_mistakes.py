@@ -1,6 +1,7 @@
 """What tyro says of wrong arguments, in a box of several lines, as one sentence."""
 
 import dataclasses
+import difflib
 import re
 import typing
 from collections.abc import Sequence
@@ -22,7 +23,9 @@ def sentence(text: str, kind: type, arguments: Sequence[str]) -> str:
     command = found[1] if (found := _HELP.search(words)) else "smtc"
     words = _HELP.sub("", words).removeprefix("Value error ").removeprefix("Unrecognized options ")
     if "Missing from smtc" in words:
-        return f"{_required(words, kind)}; see {command} --help."
+        # A flag that is not there may only be misspelt, which tyro does not say.
+        misspelt = _misspelt(kind, arguments)
+        return misspelt or f"{_required(words, kind)}; see {command} --help."
     if found := _VALUES.search(words):
         needed = "a value" if found[2] == "1" else f"{found[2]} values"
         return f"{found[1]} needs {needed}; see {command} --help."
@@ -43,6 +46,18 @@ def sentence(text: str, kind: type, arguments: Sequence[str]) -> str:
     if found := _OURS.search(words):
         return found[1]
     return f"{words} (see {command} --help)"
+
+
+def _misspelt(kind: type, arguments: Sequence[str]) -> str | None:
+    """The first flag that is none of the settings' and is like one of them."""
+    known = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("--") or flag in known or flag.replace("--no-", "--") in known:
+            continue
+        if near := difflib.get_close_matches(flag, known, n=1):
+            return f"There is no flag {flag}; did you mean {near[0]}?"
+    return None
 
 
 def _required(words: str, kind: type) -> str:

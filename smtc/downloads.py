@@ -79,7 +79,10 @@ def _complete(known: PublicWeights, file: FileIO, partial: Path, target: Path) -
             return
         logger.warning("%s is damaged (%s) and is downloaded again.", target, fault)
     try:
-        _download(known, file, target)
+        # A process that was killed between download and renaming left all of it; only a checksum
+        # can tell.
+        if known.md5 is None or _fault(partial, known) is not None:
+            _download(known, file, target)
     except (HTTPError, _BrokenOffError) as error:
         raise UserError(
             f"The weights {known.name} could not be downloaded ({_reason(error)}); fetch "

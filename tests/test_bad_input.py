@@ -374,7 +374,8 @@ def test_a_run_that_trained_nothing_may_get_other_settings(
 
 def test_a_misspelt_flag_of_segment(safe: Command, tmp_path: Path) -> None:
     said = safe("segment", tmp_path, "--checkpoit", "a", "--output", tmp_path / "out")
-    assert "--checkpoint" in said
+    assert said.startswith("smtc: There is no flag --checkpoit; did you mean --checkpoint?")
+    assert "not given: --output" in safe("segment", tmp_path, "--checkpoint", "a", "--xyzzy", "b")
 
 
 # Synthesizing.

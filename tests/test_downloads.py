@@ -301,6 +301,14 @@ def test_a_partial_file_is_gone_on_with(server: Server) -> None:
     assert server.asked == [f"bytes={len(body) // 2}-"] and kept() == {DINO: len(body)}
 
 
+def test_a_whole_partial_file_is_not_fetched_again(server: Server) -> None:
+    """As a process leaves it that was killed before the renaming."""
+    cached().mkdir(parents=True)
+    cached(f"{MOCO}.partial").write_bytes(server.files[MOCO])
+    assert resolve_weights("moco", RESNET).read_bytes() == server.files[MOCO]
+    assert server.asked == [] and kept() == {MOCO: len(server.files[MOCO])}
+
+
 def test_without_parts_a_partial_file_starts_anew(server: Server) -> None:
     body = halved(server)
     server.ranges = False

@@ -1,5 +1,6 @@
 """Data sets with masks, as lists of files that are found and checked before anything runs."""
 
+import logging
 from pathlib import Path
 
 from smtc.errors import UserError
@@ -9,6 +10,7 @@ from smtc.evaluation.videos import EvaluationVideo, read_mask
 __all__ = ["DATASETS", "EvaluationVideo", "open_dataset", "read_mask"]
 
 DATASETS = tuple(LAYOUTS)
+_LOG = logging.getLogger("smtc")
 
 
 def open_dataset(name: str, root: str | Path, *, penguin: bool = False) -> list[EvaluationVideo]:
@@ -33,9 +35,11 @@ def open_dataset(name: str, root: str | Path, *, penguin: bool = False) -> list[
 
 def _check_layout(name: str, root: Path) -> None:
     missing = [folder for folder in LAYOUTS[name].folders if not (root / folder).is_dir()]
-    if not missing:
-        return
     other = looks_like(root)
+    if not missing:
+        if name == "davis2016" and other == "synthetic":
+            _LOG.warning("%s looks like the synthetic set; --dataset synthetic scores more.", root)
+        return
     remedy = (
         f"this looks like {other}: use --dataset {other}, or complete the copy of {name}"
         if other
