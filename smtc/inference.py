@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -124,7 +124,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class FrameSegmentation:
-    """One frame of a `Segmentation`."""
+    """One frame as `segment_frames` gives it."""
 
     mask: Pixels
     """Ids `[h,w]`, 0 is background."""
@@ -150,9 +150,17 @@ class FrameSegmentation:
         return self.found.proposals()
 
 
+class SegmentedFrame(NamedTuple):
+    """One frame of a `Segmentation`."""
+
+    mask: Pixels
+    scores: dict[int, float]
+    semantic: Pixels
+
+
 @dataclass(frozen=True)
 class Segmentation:
-    """The objects of a video; iterating gives a `FrameSegmentation` a frame."""
+    """The objects of a video; iterating gives a `SegmentedFrame` a frame."""
 
     masks: Pixels
     """Object ids `[F,h,w]`, 0 is background."""
@@ -160,6 +168,9 @@ class Segmentation:
     """For each frame the score of every id seen in it."""
     semantic: Pixels
     """The semantic slot that wins each pixel, `[F,h,w]`."""
+
+    def __iter__(self) -> Iterator[SegmentedFrame]:
+        yield from map(SegmentedFrame, self.masks, self.scores, self.semantic)
 
 
 def segment(

@@ -48,6 +48,10 @@ def test_objects_are_found_with_ids_scores_and_semantics():
     assert core(found.semantic, 16, 8) == {1}
     assert core(found.semantic, 24, 60) == {2}
     assert found.scores == [{1: 0.75, 2: 0.5}] * 6
+    frames = list(found)
+    assert len(frames) == 6 and frames[2].scores is found.scores[2]
+    assert np.array_equal(frames[2].mask, found.masks[2])
+    assert np.array_equal(frames[2].semantic, found.semantic[2])
 
 
 def test_candidates_below_the_similarity_are_left_out():
