@@ -108,7 +108,8 @@ class Process:
         finally:
             if group_lives(self.popen.pid):
                 os.killpg(self.popen.pid, signal.SIGKILL)
-        assert "Traceback" not in self.said, self.said[-3000:]
+        # The data workers of a process that was killed may say that its end of a pipe is gone.
+        assert code == -signal.SIGKILL or "Traceback" not in self.said, self.said[-3000:]
         return self.said
 
 
