@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from smtc.errors import UserError
-from smtc.evaluation.metrics import border_label
+from smtc.evaluation.metrics import border_counts, border_label
 from smtc.model import SMTC
 from smtc.pipelines.views import IMAGENET_MEAN, IMAGENET_STD, prepare_frames
 from smtc.rendering import MOST_IDS, FrameMasks, frame_masks, soft_masks, winners
@@ -287,9 +287,7 @@ class Segmenter:
 
     def _background(self, prediction: Prediction) -> int:
         labels = prediction.semantic.argmax(1).numpy()
-        inner = np.zeros(labels.shape[1:], bool)
-        inner[1:-1, 1:-1] = True
-        counts = np.bincount(labels[:, ~inner].ravel(), minlength=prediction.semantic.shape[1])
+        counts = border_counts(labels, minlength=prediction.semantic.shape[1])
         border = counts + (0 if self._border is None else self._border / 2)
         self._border = np.asarray(border, np.float64)
         return int(border.argmax())

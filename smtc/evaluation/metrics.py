@@ -221,15 +221,20 @@ def matched_miou(predicted: Labels, true: Labels, *, min_pixels: int = 30) -> fl
     return float(iou[linear_sum_assignment(iou, maximize=True)].sum() / iou.shape[1])
 
 
+def border_counts(labels: Labels, minlength: int = 0) -> NDArray[np.int64]:
+    """Border pixels of each label from 0, of `[h,w]` or of all frames of `[frames,h,w]`."""
+    labels = np.asarray(labels)
+    inner = np.zeros(labels.shape[-2:], bool)
+    inner[1:-1, 1:-1] = True
+    return np.bincount(labels[..., ~inner].ravel().astype(np.int64), minlength=minlength)
+
+
 def border_label(labels: Labels) -> int:
     """The label that holds most border pixels of `[h,w]`, or of all frames of `[frames,h,w]`.
 
     Ties go to the smallest label.
     """
-    labels = np.asarray(labels)
-    inner = np.zeros(labels.shape[-2:], bool)
-    inner[1:-1, 1:-1] = True
-    return int(np.bincount(labels[..., ~inner].ravel().astype(np.int64)).argmax())
+    return int(border_counts(labels).argmax())
 
 
 def foreground(labels: Labels) -> Masks:
