@@ -3,7 +3,7 @@
 import base64
 import html
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,31 +36,6 @@ class _Frame:
     scores: dict[int, float]
 
 
-def write_viewer(
-    path: str | Path,
-    title: str,
-    frames: Iterable[Pixels],
-    masks: Iterable[Pixels],
-    *,
-    fps: float,
-    scores: Iterable[Mapping[int, float]],
-    limit: int = LIMIT,
-    kind: str = "object",
-    first: int = 1,
-) -> Path:
-    """Write a page that plays `frames` (RGB uint8 `[h,w,3]`, of one size) under their `masks` (ids
-    uint8 `[h,w]`, 0 is background); `scores` are those of each frame's ids.
-
-    The three run in parallel and may be lazy: at most `limit` small compressed frames are held. On
-    the page id 1 is called `kind` and `first`.
-    Raises `UserError` for no frames and where the page cannot be written.
-    """
-    with open_viewer(path, title, fps=fps, limit=limit, kind=kind, first=first) as add:
-        for frame, mask, found in zip(frames, masks, scores, strict=True):
-            add(frame, mask, found)
-    return Path(path)
-
-
 @contextmanager
 def open_viewer(
     path: str | Path,
@@ -71,8 +46,12 @@ def open_viewer(
     kind: str = "object",
     first: int = 1,
 ) -> Iterator[Add]:
-    """`write_viewer` for one who has the frames one by one: a function that takes a frame, its mask
-    and its scores. The page appears, whole, when the block ends well.
+    """A function that adds a frame (RGB uint8 `[h,w,3]`, all of one size), its mask (ids uint8
+    `[h,w]`, 0 is background) and the scores of its ids to a page that plays them.
+
+    At most `limit` small compressed frames are held. On the page id 1 is called `kind` and `first`.
+    It appears, whole, when the block ends well. Raises `UserError` for no frames and where it
+    cannot be written.
     """
     collected = _Collected(limit)
     yield collected.add

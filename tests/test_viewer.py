@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,26 @@ import numpy as np
 import pytest
 
 from smtc.errors import UserError
-from smtc.viewer import Pixels, open_viewer, write_viewer
+from smtc.viewer import LIMIT, Pixels, open_viewer
 from smtc.visualize import object_palette
+
+
+def write_viewer(
+    path: Path,
+    title: str,
+    frames: Iterable[Pixels],
+    masks: Iterable[Pixels],
+    *,
+    fps: float,
+    scores: Iterable[Mapping[int, float]],
+    limit: int = LIMIT,
+) -> Path:
+    """A page of frames, masks and scores that run in parallel."""
+    with open_viewer(path, title, fps=fps, limit=limit) as add:
+        for frame, mask, found in zip(frames, masks, scores, strict=True):
+            add(frame, mask, found)
+    return path
+
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
